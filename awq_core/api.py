@@ -1,0 +1,27 @@
+"""All that a plugin may import; it imports no torch. What stands here follows ``PLUGIN_API``."""
+
+from .capability import Capability, Reason
+from .hookspecs import PLUGIN_API, hookimpl
+from .kernel import ANY_LAYOUT, Backend, Kernel, ResidentLayout, Weight
+from .layouts import checkpoint_layout
+from .layouts.base import Codes, Layout, dequantize
+from .spec import Device, LinearSpec, Rows
+
+__all__ = [
+    "ANY_LAYOUT",
+    "PLUGIN_API",
+    "Backend",
+    "Capability",
+    "Codes",
+    "Device",
+    "Kernel",
+    "Layout",
+    "LinearSpec",
+    "Reason",
+    "ResidentLayout",
+    "Rows",
+    "Weight",
+    "checkpoint_layout",
+    "dequantize",
+    "hookimpl",
+]
