@@ -1,4 +1,4 @@
-"""What a kernel declares: boxes of the problem space in which it is right, and how core checks a problem against one."""
+"""What a kernel declares: boxes of the problem space in which it is right, and how a problem is checked against one."""
 
 from __future__ import annotations
 
@@ -64,7 +64,12 @@ def check(capability: Capability, spec: LinearSpec, m: int | None = None) -> tup
     device = spec.device
     want(capability.device in ("*", device.type), "device", capability.device, device.type)
     if capability.device in ("*", device.type):
-        want(not capability.vendors or device.vendor in capability.vendors, "vendor", one_of(capability.vendors), device.vendor)
+        want(
+            not capability.vendors or device.vendor in capability.vendors,
+            "vendor",
+            one_of(capability.vendors),
+            device.vendor,
+        )
         want(not capability.archs or device.arch in capability.archs, "arch", one_of(capability.archs), device.arch)
     want(not capability.layouts or spec.layout in capability.layouts, "layout", one_of(capability.layouts), spec.layout)
     want(not capability.dtypes or spec.dtype in capability.dtypes, "dtype", one_of(capability.dtypes), spec.dtype)

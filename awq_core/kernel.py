@@ -19,7 +19,7 @@ ANY_LAYOUT = "*"
 class ResidentLayout:
     """How a weight lies in memory while it is used; every checkpoint layout is one too (as it is stored).
 
-    * ``prepare(spec, tensors)``: checkpoint tensors (``spec.layout``) to resident tensors, new ones: it changes no input
+    * ``prepare(spec, tensors)``: checkpoint tensors (``spec.layout``) to resident tensors; it changes no input
     * ``restore(spec, tensors)``: the inverse, bit for bit, for saving and for moving to another device
     * ``dequantize(spec, tensors, dtype)``: the dense weight [K, N] in ``dtype`` (for backward and as the last resort)
     * ``nbytes(spec)``: bytes that the resident tensors of one module (or of all its experts) take

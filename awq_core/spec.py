@@ -44,7 +44,8 @@ class Device:
         if kind == "mps" and not arch:
             return cls("mps", "apple")
         raise ConfigError(
-            f"device {text!r} is not understood: write cpu, cpu:avx512, cpu:avx2, cpu:generic, cuda:sm90, hip:gfx942 or mps"
+            f"device {text!r} is not understood: write cpu, cpu:avx512, cpu:avx2, cpu:generic, cuda:sm90, hip:gfx942 or "
+            "mps"
         )
 
     @classmethod

@@ -1,0 +1,98 @@
+"""Decisions and plans as text for people and as data for programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .dispatch import Candidate, Decision, Plan, Refusal
+from .resident import checkpoint_bytes
+
+
+def refusal_text(decision: Decision) -> str:
+    """Why no kernel takes a problem: one sentence, then one line per kernel with all reasons."""
+    request = decision.request
+    head = f"no kernel takes {decision.spec} at M={decision.m}"
+    if request.forced is not None:
+        own = [r for r in decision.refused if r.name.split(".")[0] == request.forced]
+        others = [r for r in decision.refused if r.name.split(".")[0] != request.forced]
+        if own:
+            head = (
+                f"{request.source} asks for backend {request.forced}, which refuses {decision.spec} at M={decision.m}; "
+                "leave the request out to let awq-core choose"
+            )
+        else:
+            names = sorted({r.name.split(".")[0] for r in others})
+            head = (
+                f"{request.source} asks for backend {request.forced}, which is not installed; "
+                f"installed are {', '.join(names)} (`awq backends` shows what failed to load)"
+            )
+        return "\n".join([head + ".", *(refusal_line(r) for r in own)])
+    return "\n".join([head + ".", *(refusal_line(r) for r in decision.refused)])
+
+
+def refusal_line(refusal: Refusal) -> str:
+    """``  name: reason; reason``."""
+    return f"  {refusal.name}: " + "; ".join(str(reason) for reason in refusal.reasons)
+
+
+def plan_line(plan: Plan) -> str:
+    """The plan in one line: ``M 1-12 cpu.int4pack | M 13+ cpu.unpack``."""
+    return " | ".join(f"M {band.rows} {band.candidate.name}" for band in plan.bands)
+
+
+def memory_text(plan: Plan) -> str:
+    """What the resident weight takes, and why, where it is more than in the checkpoint."""
+    stored, resident = checkpoint_bytes(plan.spec), plan.resident.nbytes(plan.spec)
+    text = f"resident {plan.resident.name}, {resident / stored:.2f}x of the checkpoint's bytes"
+    return f"{text}: {plan.resident.note}" if plan.resident.note and resident > 1.5 * stored else text
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan with every refusal, for people."""
+    lines = [str(plan.spec), "  " + plan_line(plan), "  " + memory_text(plan)]
+    for band in plan.bands:
+        others = [f"{_short(c)}" for c in band.decision.accepted[1:]]
+        lines.append(f"  M {band.rows}: {_short(band.candidate)}" + (f", before {', '.join(others)}" if others else ""))
+    lines += ["  refused at M 1:"] if plan.decision.refused else []
+    lines += ["  " + refusal_line(refusal) for refusal in plan.decision.refused]
+    return "\n".join(lines)
+
+
+def plan_data(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data (for ``--json``)."""
+    spec = plan.spec
+    return {
+        "in_features": spec.in_features,
+        "out_features": spec.out_features,
+        "group_size": spec.group_size,
+        "layout": spec.layout,
+        "zero_point": spec.zero_point,
+        "bias": spec.bias,
+        "dtype": spec.dtype,
+        "device": str(spec.device),
+        "experts": spec.experts,
+        "resident": plan.resident.name,
+        "resident_bytes": plan.resident.nbytes(spec),
+        "checkpoint_bytes": checkpoint_bytes(spec),
+        "note": plan.resident.note,
+        "bands": [
+            {
+                "first": band.rows.first,
+                "last": band.rows.last,
+                "kernel": band.candidate.name,
+                "accepted": [c.name for c in band.decision.accepted],
+                "refused": [_refusal_data(r) for r in band.decision.refused],
+            }
+            for band in plan.bands
+        ],
+        "refused": [_refusal_data(r) for r in plan.decision.refused],
+    }
+
+
+def _refusal_data(refusal: Refusal) -> dict[str, Any]:
+    reasons = [{"rule": r.rule, "wanted": r.wanted, "got": r.got} for r in refusal.reasons]
+    return {"kernel": refusal.name, "reasons": reasons}
+
+
+def _short(candidate: Candidate) -> str:
+    return f"{candidate.name} (priority {candidate.capability.priority})"
