@@ -13,7 +13,7 @@ import reprlib
 import warnings
 from collections.abc import Mapping
 from enum import Enum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -34,15 +34,6 @@ USER = "AwqConfig"
 
 _ALIASES = {"w_bit": "bits", "q_group_size": "group_size"}
 _NULLABLE = frozenset({"zero_point", "version", "backend", "quant_method", "modules_to_not_convert", "lm_head"})
-_KEYS_TO_FUSE = (
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "mlp",
-    "attention",
-    "layernorm",
-    "use_alibi",
-)
 _REQUESTS = {"ipex": "cpu", "gemv-fast": "gemv", "llm-awq": "gemv"}
 # What other tools and older files call an option; difflib cannot guess these.
 _OTHER_NAMES = {**_ALIASES, "format": "version", "checkpoint_format": "version", "sym": "zero_point"}
@@ -90,7 +81,6 @@ def _whole_groups(group_size: int) -> int:
 
 
 def _check_zero_point(version: str | None, zero_point: bool) -> None:
-    """Which versions can store zero points, and which cannot do without."""
     if zero_point and version == "marlin":
         raise ValueError("zero_point is True, but version marlin stores no zero points; set zero_point to False.")
     if not zero_point and version in ("gemv", "gemv_fast", "llm-awq"):
@@ -180,7 +170,7 @@ class CheckpointConfig(BaseModel):
     def _only_awq(cls, method: str) -> str:
         # awq_core is the name under which transformers' public registry knows us; files always say awq.
         if method.lower() not in ("awq", "awq_core"):
-            raise ValueError(f"quant_method is {method!r}, but awq-core reads AWQ checkpoints only; load it without.")
+            raise ValueError(f"quant_method is {method!r}, but awq-core reads AWQ checkpoints only.")
         return "awq"
 
     @model_validator(mode="after")
@@ -223,20 +213,21 @@ class FusingMap(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    attention: list[Name]
-    layernorm: list[Name]
-    mlp: list[Name]
-    use_alibi: bool
+    hidden_size: Positive
     num_attention_heads: Positive
     num_key_value_heads: Positive
-    hidden_size: Positive
+    mlp: list[Name]
+    attention: list[Name]
+    layernorm: list[Name]
+    use_alibi: bool
     rope_theta: Annotated[float, Field(gt=0)] | None = None
     max_seq_len: Positive | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and (missing := [key for key in _KEYS_TO_FUSE if key not in data]):
+        required = [name for name, field in cls.model_fields.items() if field.is_required()]
+        if isinstance(data, Mapping) and (missing := [name for name in required if name not in data]):
             raise ValueError(f"Required fields are missing in the fusing mapping, the missing fields are {missing}.")
         return data
 
@@ -244,13 +235,13 @@ class FusingMap(BaseModel):
     def _sizes_fit(self) -> FusingMap:
         if len(self.attention) not in (0, 2, 4):
             raise ValueError(
-                f"modules_to_fuse['attention'] has {_names(self.attention)}, but it must list query, key, value and "
-                "output, or packed qkv and output, or be empty."
+                f"modules_to_fuse['attention'] has {len(self.attention)} name(s), but it must list query, key, value "
+                "and output, or packed qkv and output, or be empty."
             )
         if len(self.mlp) not in (0, 2, 3):
             raise ValueError(
-                f"modules_to_fuse['mlp'] has {_names(self.mlp)}, but it must list gate, up and down, or packed gate-up "
-                "and down, or be empty."
+                f"modules_to_fuse['mlp'] has {len(self.mlp)} name(s), but it must list gate, up and down, or packed "
+                "gate-up and down, or be empty."
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -345,15 +336,13 @@ class UserOptions(BaseModel):
     @field_validator("backend")
     @classmethod
     def _known_backend(cls, backend: str | None) -> str | None:
-        # transformers 5 has "auto" as its default and passes it on.
-        if backend is None or (name := backend.lower()) not in ("autoawq", "llm-awq", "auto"):
-            if backend is None:
-                return None
+        # "auto" is the default of transformers 5, so its users may write it.
+        if backend is not None and backend.lower() not in ("autoawq", "llm-awq", "auto"):
             raise ValueError(
                 "Only supported quantization backends in autoawq and llm-awq - not recognized backend "
                 f"{_short(backend)}; to choose a kernel, use version."
             )
-        return name
+        return None if backend is None else backend.lower()
 
     @model_validator(mode="after")
     def _options_fit(self) -> UserOptions:
@@ -365,3 +354,30 @@ class UserOptions(BaseModel):
         if self.version is not None and "zero_point" in self.model_fields_set:
             _check_zero_point(canonical_version(self.version), self.zero_point)
         return self
+
+
+_NESTED: dict[object, type[BaseModel]] = {"exllama_config": ExllamaOptions, "modules_to_fuse": FusingMap}
+
+
+def _refusal(error: ValidationError, where: str, model: type[BaseModel]) -> ConfigError:
+    """The first problem of a pydantic error as one sentence that names the field and where it stands."""
+    first = error.errors(include_url=False)[0]
+    path, kind, got = first["loc"], first["type"], first["input"]
+    if kind == "value_error":
+        return ConfigError(f"{where}: {first['ctx']['error']}")
+    name = ".".join(map(str, path))
+    if kind == "extra_forbidden":
+        options = [*_NESTED.get(path[0], model).model_fields] if len(path) > 1 else [*model.model_fields]
+        return ConfigError(f"{where}: there is no option {name!r}; {_did_you_mean(str(path[-1]), options)}")
+    return ConfigError(f"{where}: {name} must be {_WANTED.get(kind, 'valid')}, not {_short(got)}.")
+
+
+def _did_you_mean(name: str, options: list[str]) -> str:
+    close = difflib.get_close_matches(name.lower(), options, n=1)
+    guess = _OTHER_NAMES.get(name) if _OTHER_NAMES.get(name) in options else next(iter(close), None)
+    return f"did you mean {guess!r}?" if guess else f"the options are {', '.join(options)}."
+
+
+def _short(value: object) -> str:
+    """A value in one short line."""
+    return " ".join(reprlib.repr(value).split())

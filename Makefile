@@ -1,0 +1,70 @@
+# Every target works alone on a fresh clone: what it needs is installed into .venv first.
+#
+# Versions come from constraints.txt, so torch is the tested release. On Linux the package index serves its CUDA build;
+# on a machine without a GPU, point pip at PyTorch's CPU index for the small one: PIP_EXTRA_INDEX_URL=... make demo
+
+PYTHON ?= python3
+ARGS ?=
+# Two processes with one thread each are faster than one with two: most tests are too small to share out.
+TEST_WORKERS ?= 2
+# Files that begin with an underscore are helpers of the benchmarks.
+BENCH ?= $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
+
+VENV := .venv
+BIN := $(VENV)/bin
+# One environment, two stamps: the demo does not wait for the developer tools.
+DEMO := $(VENV)/.demo-installed
+DEV := $(VENV)/.dev-installed
+INPUTS := pyproject.toml constraints.txt awq_core/_version.py
+NEEDED := (3, 11)
+
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= $(NEEDED) else "$(PYTHON) is Python %d.%d; 3.11 or newer is needed: make PYTHON=python3.11" % sys.version_info[:2])'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@echo "installing awq-core[$(1)] into $(VENV) (the first time takes a few minutes)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[$(1)]'
+endef
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format typecheck bench docs clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(DEV) ## build .venv with awq-core (editable) and the developer tools
+
+demo: $(DEMO) ## quantize a small language model, load it, let it answer; ARGS="..." are passed on
+	@$(BIN)/awq demo $(ARGS)
+
+test: $(DEV) ## run the tests; ARGS="tests/unit -k layout" narrows them
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(ARGS)
+
+lint: $(DEV) ## check style and formatting (ruff)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(DEV) ## repair style and formatting (ruff)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+typecheck: $(DEV) ## check types (mypy --strict)
+	@$(BIN)/mypy
+
+bench: $(DEMO) ## run the benchmarks; BENCH=benchmarks/one.py picks one
+	@set -e; for file in $(BENCH); do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+
+docs: $(DEMO) ## regenerate the documents that are made from the code
+	@$(BIN)/awq docs matrix
+
+clean: ## remove caches and built files; .venv stays
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find awq_core backends tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(DEMO): $(INPUTS)
+	$(call install,demo)
+	@touch $@
+
+# dev holds all that demo does.
+$(DEV): $(INPUTS)
+	$(call install,dev)
+	@touch $(DEMO) $@

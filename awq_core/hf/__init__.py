@@ -1,0 +1,1 @@
+"""The transformers integration: the only place that imports transformers."""

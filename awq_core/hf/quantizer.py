@@ -1,0 +1,162 @@
+"""The quantizer that transformers calls while ``from_pretrained`` runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint import check_finite, quantized_modules, read_headers
+from ..config import UserOptions
+from ..errors import ConfigError
+from ..experts import AwqExperts
+from ..layouts import checkpoint_layout
+from ..layouts.detect import reconcile_version
+from ..linear import AwqLinear
+from ..notice import tell
+from ..packed import PackedModule
+from ..request import Request, current_request
+from . import _compat
+from .skeleton import build
+
+
+class AwqCoreQuantizer(_compat.HfQuantizer):  # type: ignore[misc]
+    """Builds quantized modules from the checkpoint's header, and binds them where they came to lie."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        if not kwargs.get("pre_quantized", True):
+            raise ConfigError(
+                "this model is not quantized, and from_pretrained does not quantize with AWQ: "
+                "run `awq quantize MODEL OUT` first and load OUT"
+            )
+        super().__init__(quantization_config, **kwargs)
+        self.dtype_named = True
+        self._device_map: Any = None
+
+    @property
+    def options(self) -> UserOptions:
+        """What the user asked for."""
+        options = self.quantization_config.options
+        assert isinstance(options, UserOptions)
+        return options
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Remember the device map (transformers calls this twice, first as given, then resolved)."""
+        self._device_map = kwargs.get("device_map")
+        for note in (*self.options.notes, *self.quantization_config.checkpoint.notes):
+            tell(note)
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that was asked for; bfloat16 where none was, the file says float16 and the model goes to a CPU."""
+        if not self.dtype_named and dtype == torch.float16 and _goes_to_cpu(self._device_map):
+            tell(
+                "on a CPU an AWQ model runs in bfloat16, which has fast kernels; pass dtype=torch.float16 to keep float16"
+            )
+            return torch.bfloat16
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise ConfigError(
+                "awq-core loads AWQ models from checkpoint files; a state_dict alone has no header to read"
+            )
+        config = self.quantization_config.checkpoint
+        headers = read_headers([Path(file) for file in checkpoint_files])
+        modules = quantized_modules(headers, config.group_size)
+        for found in modules.values():
+            note = reconcile_version(config.version, config.backend, found.layout)
+            for text in (note, *found.notes):
+                if text:
+                    tell(text)
+        build(model, modules, headers, config.zero_point, dtype or model.config.dtype)
+
+    def update_parallel_plan(self, model: Any, plan: Any) -> None:
+        """Tensor parallelism would cut words in two."""
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise ConfigError("tensor parallel loading is not supported by awq-core yet: load without tp_plan")
+
+    def update_weight_conversions(self, conversions: list[Any], model: Any) -> list[Any]:
+        """Let the converters that join expert weights join their quantized tensors too, on the axis of N."""
+        layouts = {
+            f"{path}.{part}": w.spec.layout
+            for path, module in model.named_modules()
+            if isinstance(module, AwqExperts)
+            for part, w in module.packed.items()
+        }
+        added: list[Any] = []
+        for converter in conversions:
+            if not isinstance(converter, _compat.WeightConverter) or len(converter.target_patterns) != 1:
+                continue
+            sources, target = converter._original_source_patterns, converter._original_target_patterns[0]
+            names = [layout for path, layout in layouts.items() if path.endswith(target.lstrip("."))]
+            if not names or not all(source.endswith(".weight") for source in sources):
+                continue
+            axes = checkpoint_layout(names[0]).out_axis
+            for suffix, axis in axes.items():
+                operations = [
+                    _compat.Concatenate(dim=axis + 1) if isinstance(op, _compat.Concatenate) else op
+                    for op in converter.operations
+                ]
+                renamed = [source.removesuffix("weight") + suffix for source in sources]
+                added.append(converter.copy(renamed, [f"{target}_{suffix}"], operations=operations))
+        return [*added, *conversions]
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        request = current_request(self.options.request)
+        for name, module in model.named_modules():
+            if isinstance(module, PackedModule):
+                _finish(name, module, model.dtype, request)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, AwqExperts):
+                raise NotImplementedError(f"{name}: quantized experts cannot be made dense yet")
+            if isinstance(module, AwqLinear):
+                weight = module.dequantize(dtype)
+                dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+                dense.weight = nn.Parameter(weight.contiguous())
+                if module.bias is not None:
+                    dense.bias = nn.Parameter(module.bias.detach().to(weight.dtype))
+                model.set_submodule(name, dense)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Always: checkpoint bytes are written, whatever is bound."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained: the linears pass a gradient to their input."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The linears are one op with a fake, whatever kernel it calls."""
+        return True
+
+
+def _goes_to_cpu(device_map: Any) -> bool:
+    """Whether a model with this device map ends on the CPU (None ends there too, unless a GPU is there to move it to)."""
+    if device_map is None or device_map in ("auto", "balanced", "sequential", "balanced_low_0"):
+        return not torch.accelerator.is_available()
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    return all(str(place) in ("cpu", "disk") for place in places)
+
+
+def _finish(name: str, module: PackedModule, dtype: torch.dtype, request: Request) -> None:
+    """Check what was loaded and bind it; under an offloading hook, for the device of execution."""
+    for weight in module.packed.values():
+        for suffix, tensor in weight.stored().items():
+            tensor.requires_grad_(False)
+            if tensor.device.type != "meta":
+                check_finite(f"{name}.{weight.prefix}{suffix}", tensor)
+    hook = getattr(module, "_hf_hook", None)
+    offloaded = bool(getattr(hook, "offload", False))
+    place = torch.device(hook.execution_device) if offloaded and hook is not None else None
+    module.bind(dtype, request, on=place)

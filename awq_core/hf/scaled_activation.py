@@ -1,0 +1,20 @@
+"""ScaledActivation: where an architecture has no weight to fold a scale into, AWQ stores it beside the activation."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class ScaledActivation(nn.Module):
+    """``act(x) / scales``, scales [N] of the layer before, kept in the dtype in which they are stored."""
+
+    def __init__(self, act: nn.Module, size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.act = act
+        self.scales = nn.Parameter(torch.ones(size, dtype=dtype), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., N] to [..., N]."""
+        y = self.act(x)
+        return y / self.scales.to(y.dtype)
