@@ -4,9 +4,8 @@
 # on a machine without a GPU, point pip at PyTorch's CPU index for the small one: PIP_EXTRA_INDEX_URL=... make demo
 
 PYTHON ?= python3
+PIP_FLAGS ?= -qq
 ARGS ?=
-# Two processes with one thread each are faster than one with two: most tests are too small to share out.
-TEST_WORKERS ?= 2
 # Files that begin with an underscore are helpers of the benchmarks.
 BENCH ?= $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
 
@@ -18,11 +17,16 @@ DEV := $(VENV)/.dev-installed
 INPUTS := pyproject.toml constraints.txt awq_core/_version.py
 NEEDED := (3, 11)
 
+define make-venv
+$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= $(NEEDED) else "$(PYTHON) is Python %d.%d; 3.11 or newer is needed: make PYTHON=python3.11" % sys.version_info[:2])' \
+	&& $(PYTHON) -m venv $(VENV)
+endef
+
 define install
-	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= $(NEEDED) else "$(PYTHON) is Python %d.%d; 3.11 or newer is needed: make PYTHON=python3.11" % sys.version_info[:2])'
-	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || { $(make-venv); }
 	@echo "installing awq-core[$(1)] into $(VENV) (the first time takes a few minutes)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[$(1)]'
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --disable-pip-version-check -c constraints.txt -e '.[$(1)]' \
+		|| { echo "pip failed: run the same target with PIP_FLAGS= to see all that it says" >&2; exit 1; }
 endef
 
 .DEFAULT_GOAL := help
@@ -32,12 +36,13 @@ help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(DEV) ## build .venv with awq-core (editable) and the developer tools
+	@echo "$(VENV) is ready: $(BIN)/awq --help"
 
-demo: $(DEMO) ## quantize a small language model, load it, let it answer; ARGS="..." are passed on
+demo: $(DEMO) ## quantize a small language model, load it and let it answer
 	@$(BIN)/awq demo $(ARGS)
 
 test: $(DEV) ## run the tests; ARGS="tests/unit -k layout" narrows them
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(ARGS)
+	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(DEV) ## check style and formatting (ruff)
 	@$(BIN)/ruff check .

@@ -44,6 +44,20 @@ class Names:
         return name, pattern is not None
 
 
+def expected_shapes(model: nn.Module, headers: Mapping[str, TensorHeader]) -> dict[str, tuple[int, int]]:
+    """(K, N) that the model wants of each quantized module of the checkpoint, where it has a linear for it."""
+    names = Names.of(model)
+    shapes: dict[str, tuple[int, int]] = {}
+    for key in headers:
+        name, _, suffix = key.rpartition(".")
+        module = (
+            _find(model, names.target(f"{name}.weight")[0].removesuffix(".weight")) if suffix == "qweight" else None
+        )
+        if isinstance(module, nn.Linear):
+            shapes[name] = (module.in_features, module.out_features)
+    return shapes
+
+
 def build(
     model: nn.Module,
     modules: Mapping[str, Detected],

@@ -18,7 +18,7 @@ OTHER_BITS = (2, 3, 8)
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """What a file's header says of one tensor. ``dtype`` is torch's name (``"int32"``), ``file`` the path it lies in."""
+    """What a file's header says of one tensor. ``dtype`` is torch's name (``"int32"``), ``file`` its path."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -47,7 +47,7 @@ class ModuleHeader:
 
 @dataclass(frozen=True, slots=True)
 class Detected:
-    """What one quantized module is. ``group_size`` is resolved; ``notes`` are sentences that the user should be told."""
+    """What one quantized module is. ``group_size`` is resolved; ``notes`` are sentences to tell the user."""
 
     layout: str
     in_features: int
@@ -82,8 +82,8 @@ def detect(module: ModuleHeader, group_size: int | None = None, in_out: tuple[in
         found = ", ".join(str(fit[3]) for fit in chosen)
         said = "gives none" if group_size is None else f"says {group_size}, which does not fit"
         raise LayoutError(
-            f"{module.file}: {module.name} is {chosen[0][0]} with {module}, which fits the group sizes {found}, and the "
-            f"config {said}: set group_size in the quantization_config"
+            f"{module.file}: {module.name} is {chosen[0][0]} with {module}, which fits the group sizes {found}, "
+            f"and the config {said}: set group_size in the quantization_config"
         )
     layout, k, n, g = chosen[0]
     if in_out is not None and (k, n) != in_out:
@@ -91,10 +91,13 @@ def detect(module: ModuleHeader, group_size: int | None = None, in_out: tuple[in
             f"{module.file}: {module.name} is {layout} with in_features {k} and out_features {n} ({module}), but the "
             f"model wants in_features {in_out[0]} and out_features {in_out[1]}: {_wanted(layout, *in_out, g)}"
         )
-    notes = ()
+    bias = module.tensors.get("bias")
+    if bias is not None and bias.shape != (n,):
+        raise LayoutError(f"{bias.file}: {module.name}.bias is {bias}, but {layout} with N={n} wants [{n}]")
+    notes: tuple[str, ...] = ()
     if group_size is not None and not claimed:
         notes = (f"the config says group_size {group_size}, but the tensors have {g}: {g} is used",)
-    return Detected(layout, k, n, g, "bias" in module.tensors, notes)
+    return Detected(layout, k, n, g, bias is not None, notes)
 
 
 def candidates(module: ModuleHeader) -> tuple[str, ...]:
@@ -135,14 +138,10 @@ def _group_sizes(layout: str, module: ModuleHeader, k: int) -> Iterator[int]:
         if rows and k % rows == 0:
             yield k // rows
     else:
-        # Few groups fit a padded width: only count those that can fill it (zw is rounded up from at most 32 groups).
-        yield from (k // groups for groups in _group_counts(layout, module) if k % groups == 0)
-
-
-def _group_counts(layout: str, module: ModuleHeader) -> range:
-    scales = module.tensors["scales"].shape
-    padded = scales[1 if layout == "gemv" else 0] if len(scales) == 2 else 0
-    return range(padded, max(padded - 32, 0), -1)
+        scales = module.tensors["scales"].shape
+        padded = scales[1 if layout == "gemv" else 0] if len(scales) == 2 else 0
+        # At most 31 groups of padding (g=32: four words of eight); _matches checks which counts give this width.
+        yield from (k // groups for groups in range(padded, max(padded - 32, 0), -1) if k % groups == 0)
 
 
 def _matches(module: ModuleHeader, layout: str, k: int, n: int, g: int) -> bool:
@@ -158,7 +157,7 @@ def _matches(module: ModuleHeader, layout: str, k: int, n: int, g: int) -> bool:
 
 
 def _unresolved(module: ModuleHeader, group_size: int | None, in_out: tuple[int, int] | None) -> str:
-    """The sentence for a module that fits nothing: found shapes, the nearest layouts' shapes, and a guess at the cause."""
+    """The sentence for a module that fits nothing: shapes found, those of the nearest layouts, a guess at the cause."""
     tensors = module.tensors
     wanted: list[str] = []
     for layout in candidates(module) or _nearest(module):
@@ -169,7 +168,7 @@ def _unresolved(module: ModuleHeader, group_size: int | None, in_out: tuple[int,
             wanted.append(_wanted(layout, k, n, g))
     return (
         f"{module.file}: {module.name} lies in no AWQ layout that awq-core knows: found {module}; "
-        f"{'; '.join(wanted) or 'AWQ wants qweight as int32 or int16 with two dimensions, and scales'}{_guess(module, in_out)}"
+        f"{'; '.join(wanted) or 'AWQ wants a qweight [rows, columns] and scales'}{_guess(module, in_out)}"
     )
 
 

@@ -44,9 +44,10 @@ def unpack(tensors: Mapping[str, torch.Tensor], in_features: int, out_features: 
 
 def pack(codes: Codes) -> dict[str, torch.Tensor]:
     """From canonical codes. Of codes with ``scaled_zeros`` the integer ``zeros`` are stored."""
-    check_problem("gemm", refuses(*codes.codes.shape, codes.group_size))
+    in_features, out_features = codes.codes.shape
+    check_problem("gemm", refuses(in_features, out_features, codes.group_size))
     tensors = {"qweight": _words(codes.codes), "qzeros": _words(codes.zeros), "scales": codes.scales.contiguous()}
-    check_tensors("gemm", shapes(*codes.codes.shape, codes.group_size), tensors)
+    check_tensors("gemm", shapes(in_features, out_features, codes.group_size), tensors)
     return tensors
 
 

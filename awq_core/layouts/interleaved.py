@@ -1,7 +1,8 @@
-"""The bytes that ``gemv_fast`` and ``llm_awq`` share: four output rows in one int16, zero points as ``-(scale * zero)``.
+"""The bytes that ``gemv_fast`` and ``llm_awq`` share: interleaved int16 words, zero points as ``-(scale * zero)``.
 
-* ``qweight`` int16 [N/4, K]: nibble i (lowest first) of a word belongs to row ``4 * (n // 4) + i`` of the reordered
-  codes *within a block of 64 inputs laid out row after row*; see ``_interleave`` for the order
+* ``qweight`` int16 [N/4, K]: a row of words holds four output rows, in blocks of 64 words and 64 inputs. Nibble a
+  (lowest first) of word ``64j + 16r + t`` (r in 0..3, t in 0..15) of row i is output ``4i + r``,
+  input ``64j + 32 * (t // 8) + t % 8 + 8a``
 * ``scales`` [8 * zw, N] and the scaled zeros [8 * zw, N]: floating point, padded with zeros behind the K/g groups
 
 ``zw`` is ``nibbles.zeros_width``: g cannot be read from the shapes.
@@ -97,9 +98,7 @@ def nearest_zeros(scales: torch.Tensor, scaled_zeros: torch.Tensor) -> torch.Ten
     return quotient.nan_to_num_(0.0).round_().clamp_(0, 15).to(torch.uint8)
 
 
-# Input k of a row, within 32: k = 8a + 2b + c (a, b in 0..3, c in 0..1). First the row is ordered by (b, a, c); then the
-# eight of one b are ordered by (c, a). So 32 inputs lie as (b, c, a). Then each block of 64 inputs of four rows is
-# flattened row after row, and four consecutive nibbles make a word.
+# Input 64j + 32h + 8a + u (h in 0..1, a in 0..3, u in 0..7) of output 4i + r: stored in the order i, j, r, h, u, a.
 
 
 def _interleave(codes: torch.Tensor) -> torch.Tensor:
@@ -116,5 +115,5 @@ def _interleave(codes: torch.Tensor) -> torch.Tensor:
 def _deinterleave(words: torch.Tensor) -> torch.Tensor:
     """Words int16 [N/4, K] to codes uint8 [K, N]."""
     quads, in_features = words.shape
-    blocks = split(words).view(quads, in_features // BLOCK, ROWS, 2, 4, 2, 4)  # ..., half, b, c, a
-    return blocks.permute(0, 2, 1, 3, 6, 4, 5).reshape(quads * ROWS, in_features).t().contiguous()
+    stored = split(words).view(quads, in_features // BLOCK, ROWS, 2, 8, 4)  # i, j, r, h, u, a
+    return stored.permute(0, 2, 1, 3, 5, 4).reshape(quads * ROWS, in_features).t().contiguous()

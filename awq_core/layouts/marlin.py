@@ -1,7 +1,7 @@
 """``marlin``: AutoAWQ's Marlin, symmetric: every zero point is 8 and none is stored.
 
 * ``qweight`` int32 [K/16, 2N]: tiles of 16 x 16, four of them (64 columns) permuted together, see ``_words``
-* ``scales`` float16 [K/g, N]: columns permuted in chunks of 64, or of 32 where one group spans K, see ``_permute_scales``
+* ``scales`` float16 [K/g, N]: columns permuted in chunks of 64 (of 32 where g is K), see ``_permute_scales``
 
 K is a multiple of 16 and g, N of 64. (The original CUDA kernel wants K % 128, N % 256 and g 128 or K: a kernel's rule.)
 """
@@ -51,7 +51,8 @@ def unpack(tensors: Mapping[str, torch.Tensor], in_features: int, out_features: 
 
 def pack(codes: Codes) -> dict[str, torch.Tensor]:
     """From canonical codes; LayoutError where a group's zero point is not 8 (groups with scale 0 do not count)."""
-    check_problem("marlin", refuses(*codes.codes.shape, codes.group_size))
+    in_features, out_features = codes.codes.shape
+    check_problem("marlin", refuses(in_features, out_features, codes.group_size))
     asymmetric = int(((codes.zeros != SYMMETRIC_ZERO) & (codes.scales != 0)).sum())
     if asymmetric:
         raise LayoutError(
@@ -59,7 +60,7 @@ def pack(codes: Codes) -> dict[str, torch.Tensor]:
             f"{codes.zeros.numel()} groups have another zero point: keep the weight as gemm"
         )
     tensors = {"qweight": _words(codes.codes), "scales": _permute_scales(codes.scales)}
-    check_tensors("marlin", shapes(*codes.codes.shape, codes.group_size), tensors)
+    check_tensors("marlin", shapes(in_features, out_features, codes.group_size), tensors)
     return tensors
 
 

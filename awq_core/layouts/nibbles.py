@@ -1,8 +1,8 @@
 """What the layouts share: nibbles in words, the padding of the gemv family, and the checks of shapes and dtypes.
 
-A word of any width is read here as its bytes, lowest first (torch runs on little-endian machines only): byte b of a word
-holds nibble 2b in its low half and nibble 2b + 1 in its high half. On uint8 a right shift is logical, so the sign bit
-of an int32 or int16 word cannot leak into its neighbours.
+A word of any width is read here as its bytes, lowest first (torch runs on little-endian machines only): byte b of a
+word holds nibble 2b in its low half and nibble 2b + 1 in its high half. On uint8 a right shift is logical, so the sign
+bit of an int32 or int16 word cannot leak into its neighbours.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def refuses_groups(in_features: int, group_size: int) -> str | None:
 
 
 def refuses_multiple(name: str, value: int, multiple: int) -> str | None:
-    """Why ``value`` (in_features or out_features, called ``name``) is not a positive multiple of ``multiple``, or None."""
+    """Why ``value`` (called ``name``) is not a positive multiple of ``multiple``, or None."""
     if value < 1 or value % multiple:
         return f"{name} {value} is not a multiple of {multiple}"
     return None

@@ -1,0 +1,48 @@
+"""What the user sees when a command fails: one sentence on stderr and exit code 2, or 130 after Ctrl-C.
+
+Only errors that are meant for the user end so; anything else is a fault of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from ..errors import AwqError
+
+FAILED = 2
+INTERRUPTED = 130
+
+
+class Guarded(TyperGroup):
+    """The group of all commands, with our errors turned into exit codes."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # the reader (head, less) has seen enough: typer ends quietly
+            raise
+        except AwqError as error:
+            fail(str(error))
+        except OSError as error:
+            fail(_os_sentence(error))
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+def fail(message: str) -> NoReturn:
+    """Say ``error: message`` on stderr and leave with exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise typer.Exit(FAILED)
+
+
+def _os_sentence(error: OSError) -> str:
+    """``path: No space left on device``, or the first lines of an OSError that carries only text."""
+    if error.strerror is None:
+        return " ".join(str(error).split()) or type(error).__name__
+    return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
