@@ -16,6 +16,8 @@ DEMO := $(VENV)/.demo-installed
 DEV := $(VENV)/.dev-installed
 INPUTS := pyproject.toml constraints.txt awq_core/_version.py
 NEEDED := (3, 11)
+# Writes docs/matrix.md.
+DOCS_COMMAND := $(BIN)/awq matrix
 
 define make-venv
 $(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= $(NEEDED) else "$(PYTHON) is Python %d.%d; 3.11 or newer is needed: make PYTHON=python3.11" % sys.version_info[:2])' \
@@ -59,7 +61,7 @@ bench: $(DEMO) ## run the benchmarks; BENCH=benchmarks/one.py picks one
 	@set -e; for file in $(BENCH); do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
 
 docs: $(DEMO) ## regenerate the documents that are made from the code
-	@$(BIN)/awq docs matrix
+	@$(DOCS_COMMAND)
 
 clean: ## remove caches and built files; .venv stays
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

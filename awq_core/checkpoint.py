@@ -27,6 +27,7 @@ __all__ = [
     "read_headers",
 ]
 
+LEGACY_FILES = ("quant_config.json", "quantize_config.json")  # of AutoAWQ before 0.1.8, llm-awq, AutoGPTQ
 SHOWN = 5
 
 
@@ -168,7 +169,7 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     text = config.get("text_config")
     found = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
     if not found:
-        legacy = [folder / name for name in ("quant_config.json", "quantize_config.json") if (folder / name).is_file()]
+        legacy = [folder / name for name in LEGACY_FILES if (folder / name).is_file()]
         if not legacy:
             raise CheckpointError(
                 f"{folder}: this model is not quantized (its config.json has no quantization_config): "

@@ -10,7 +10,9 @@ def local_devices() -> list[Device]:
     """The devices of this machine, the one that a model would be put on first."""
     import torch
 
-    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    gpus = [
+        torch.device("cuda", index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    ]
     return list(dict.fromkeys(Device.of(device) for device in [*gpus, torch.device("cpu")]))
 
 

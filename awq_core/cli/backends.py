@@ -75,7 +75,12 @@ def backends(as_json: AsJson = False) -> None:
             "What their kernels declare",
             "kernel | device | dtypes | layouts | group_size | M | in memory as | >priority",
             [
-                (f"{name}.{kernel.name}", *row(record), "as stored" if kernel.reads == "*" else kernel.reads, record.priority)
+                (
+                    f"{name}.{kernel.name}",
+                    *row(record),
+                    "as stored" if kernel.reads == "*" else kernel.reads,
+                    record.priority,
+                )
                 for name, backend in found.backends.items()
                 for kernel in backend.kernels
                 for record in sorted(kernel.capabilities, key=lambda c: (c.rows.first, -c.priority))

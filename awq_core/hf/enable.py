@@ -10,17 +10,15 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import AwqError
+from ..checkpoint import LEGACY_FILES, read_config
+from ..errors import AwqError, ConfigError
 from . import _compat
 from .config import METHODS, AwqConfig
 from .quantizer import AwqCoreQuantizer
-
-LEGACY_FILES = ("quant_config.json", "quantize_config.json")
 
 _undo: list[Callable[[], None]] = []
 
@@ -90,16 +88,10 @@ def _find_legacy_config(get_hf_quantizer: Callable[..., Any]) -> Callable[..., A
 
 def _legacy_config(folder: Path) -> dict[str, Any] | None:
     """The AWQ config of a folder made by AutoAWQ before 0.1.8 or by llm-awq, which config.json does not mention."""
-    if not folder.name or not folder.is_dir():
+    if not folder.name or not any((folder / name).is_file() for name in LEGACY_FILES):
         return None
-    for name in LEGACY_FILES:
-        file = folder / name
-        if file.is_file():
-            raw = json.loads(file.read_text("utf-8"))
-            if (
-                isinstance(raw, dict)
-                and raw.get("quant_method", "awq") == "awq"
-                and {"w_bit", "q_group_size"} & set(raw)
-            ):
-                return {"quant_method": "awq", **raw}
-    return None
+    try:
+        raw = read_config(folder)
+    except ConfigError:  # another method's file, which is not ours to load
+        return None
+    return {"quant_method": "awq", **raw}

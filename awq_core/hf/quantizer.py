@@ -54,7 +54,7 @@ class AwqCoreQuantizer(_compat.HfQuantizer):  # type: ignore[misc]
         """The dtype that was asked for; bfloat16 where none was, the file says float16 and the model goes to a CPU."""
         if not self.dtype_named and dtype == torch.float16 and _goes_to_cpu(self._device_map):
             tell(
-                "on a CPU an AWQ model runs in bfloat16, which has fast kernels; pass dtype=torch.float16 to keep float16"
+                "on a CPU an AWQ model runs in bfloat16, which is fast there; pass dtype=torch.float16 to keep float16"
             )
             return torch.bfloat16
         return dtype
@@ -142,7 +142,7 @@ class AwqCoreQuantizer(_compat.HfQuantizer):  # type: ignore[misc]
 
 
 def _goes_to_cpu(device_map: Any) -> bool:
-    """Whether a model with this device map ends on the CPU (None ends there too, unless a GPU is there to move it to)."""
+    """Whether a model with this device map ends on the CPU (with None too, unless a GPU waits for it)."""
     if device_map is None or device_map in ("auto", "balanced", "sequential", "balanced_low_0"):
         return not torch.accelerator.is_available()
     places = device_map.values() if isinstance(device_map, dict) else [device_map]

@@ -16,5 +16,5 @@ class ScaledActivation(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., N] to [..., N]."""
-        y = self.act(x)
+        y: torch.Tensor = self.act(x)
         return y / self.scales.to(y.dtype)

@@ -89,7 +89,8 @@ def detect(module: ModuleHeader, group_size: int | None = None, in_out: tuple[in
     if in_out is not None and (k, n) != in_out:
         raise LayoutError(
             f"{module.file}: {module.name} is {layout} with in_features {k} and out_features {n} ({module}), but the "
-            f"model wants in_features {in_out[0]} and out_features {in_out[1]}: {_wanted(layout, *in_out, g)}"
+            f"model wants in_features {in_out[0]} and out_features {in_out[1]}: "
+            f"{_wanted(layout, *in_out, g)}{_guess(module, in_out)}"
         )
     bias = module.tensors.get("bias")
     if bias is not None and bias.shape != (n,):
@@ -133,13 +134,12 @@ def _features(layout: str, weight: tuple[int, ...]) -> Iterator[tuple[int, int]]
 
 def _group_sizes(layout: str, module: ModuleHeader, k: int) -> Iterator[int]:
     """The group sizes to try: the one in the shapes, or for a padded layout all that a config may say."""
+    scales = module.tensors["scales"].shape if "scales" in module.tensors else ()
     if layout in ("gemm", "marlin"):
-        rows = module.tensors["scales"].shape[0] if module.tensors["scales"].shape else 0
-        if rows and k % rows == 0:
-            yield k // rows
-    else:
-        scales = module.tensors["scales"].shape
-        padded = scales[1 if layout == "gemv" else 0] if len(scales) == 2 else 0
+        if scales and scales[0] and k % scales[0] == 0:
+            yield k // scales[0]
+    elif len(scales) == 2:
+        padded = scales[1 if layout == "gemv" else 0]
         # At most 31 groups of padding (g=32: four words of eight); _matches checks which counts give this width.
         yield from (k // groups for groups in range(padded, max(padded - 32, 0), -1) if k % groups == 0)
 
