@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import CheckpointConfig, UserOptions
+from ..config import CheckpointConfig
+from ..options import UserOptions
 from ._compat import AwqConfig as StockAwqConfig
 from ._compat import QuantizationMethod
 

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from ..checkpoint import check_finite, quantized_modules, read_headers
-from ..config import UserOptions
 from ..errors import ConfigError
 from ..experts import AwqExperts
 from ..layouts import checkpoint_layout
 from ..layouts.detect import reconcile_version
 from ..linear import AwqLinear
 from ..notice import tell
+from ..options import UserOptions
 from ..packed import PackedModule
 from ..request import Request, current_request
 from . import _compat

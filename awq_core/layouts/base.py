@@ -14,7 +14,7 @@ SCALE_DTYPES = ("float16", "bfloat16", "float32")
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """The shape of a stored tensor and the dtypes (torch's names) that it may have; the first is what ``pack`` writes."""
+    """The shape of a stored tensor and the dtypes (torch's names) that it may have, the usual one first."""
 
     shape: tuple[int, ...]
     dtypes: tuple[str, ...]

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from awq_core.config import CheckpointConfig, UserOptions, canonical_version
+from awq_core.config import CheckpointConfig, canonical_version
 from awq_core.errors import ConfigError
+from awq_core.options import UserOptions
 
 WHERE = "model/config.json"
 YI_34B = {
@@ -507,6 +508,6 @@ def test_copies_keep_everything(config):
 
 
 def test_import_is_light():
-    code = "import sys, awq_core.config; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = "import sys, awq_core.options; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
