@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from .guard import is_count, require
 from .spec import LinearSpec, Rows
 
 
@@ -33,6 +34,8 @@ class Capability:
 
     ``priority`` orders the kernels that take a problem, the highest first: 0-99 reference, 100-199 portable,
     200-299 tuned for the device. It is open at the top: a third party may outrank a built-in.
+
+    ValueError where a field has a wrong type or a number that makes no sense.
     """
 
     device: str
@@ -51,6 +54,27 @@ class Capability:
     zero_points: frozenset[bool] = frozenset({True, False})
     compile_safe: bool = True
     tested: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        def all_of(kind: type, *fields: str) -> None:
+            for name in fields:
+                value = getattr(self, name)
+                ok = isinstance(value, frozenset) and all(isinstance(item, kind) for item in value)
+                require(ok, f"Capability.{name}", f"a frozenset of {kind.__name__}", value)
+
+        require(isinstance(self.device, str), "Capability.device", 'a device type or "*"', self.device)
+        all_of(str, "layouts", "dtypes", "vendors", "archs", "tested")
+        all_of(int, "group_sizes")
+        all_of(bool, "zero_points")
+        whole = isinstance(self.priority, int) and not isinstance(self.priority, bool)
+        require(whole, "Capability.priority", "a whole number", self.priority)
+        for name in ("rows", "in_features", "out_features"):
+            require(isinstance(getattr(self, name), Rows), f"Capability.{name}", "Rows", getattr(self, name))
+        for name in ("in_multiple", "out_multiple", "group_multiple"):
+            value = getattr(self, name)
+            ok = is_count(value) or (name == "group_multiple" and value is None)
+            require(ok, f"Capability.{name}", "a whole number of at least 1", value)
+        require(isinstance(self.compile_safe, bool), "Capability.compile_safe", "True or False", self.compile_safe)
 
 
 def check(capability: Capability, spec: LinearSpec, m: int | None = None) -> tuple[Reason, ...]:
@@ -89,7 +113,7 @@ def check(capability: Capability, spec: LinearSpec, m: int | None = None) -> tup
     want(spec.in_features in capability.in_features, "in_features", capability.in_features, spec.in_features)
     want(spec.out_features in capability.out_features, "out_features", capability.out_features, spec.out_features)
     want(
-        spec.zero_point in capability.zero_points,
+        not capability.zero_points or spec.zero_point in capability.zero_points,
         "zero_point",
         one_of(frozenset(map(str, capability.zero_points))),
         spec.zero_point,

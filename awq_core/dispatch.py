@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .capability import Capability, Reason, check
-from .errors import NoKernelError
+from .errors import LayoutError, NoKernelError
+from .guard import one_line
 from .kernel import ANY_LAYOUT, Backend, Kernel, ResidentLayout
 from .request import Request
 from .spec import Device, LinearSpec, Rows
@@ -93,10 +94,15 @@ class Plan:
 
 
 def choose(
-    spec: LinearSpec, m: int, backends: Iterable[Backend], request: Request | None = None, probe: Probe | None = None
+    spec: LinearSpec,
+    m: int,
+    backends: Iterable[Backend],
+    request: Request | None = None,
+    probe: Probe | None = None,
+    resident: str | None = None,
 ) -> Decision:
     """Rank every kernel for ``spec`` at M = ``m``. Without ``probe`` the backends are not asked whether they can run
-    here: that is for devices that are not in this machine.
+    here: that is for devices that are not in this machine. ``resident`` admits only kernels that read that layout.
     """
     request = request or Request()
     accepted: list[Candidate] = []
@@ -106,8 +112,10 @@ def choose(
             name = f"{backend.name}.{kernel.name}"
             found = _best_record(kernel, spec, m)
             reasons = _against(backend, kernel, request)
+            if not _reads(kernel, resident):
+                reasons += (Reason("resident", f"a weight kept as {kernel.reads}", f"one kept as {resident}"),)
             if isinstance(found, Capability):
-                veto = kernel.refuses(spec)
+                veto = _veto(kernel, spec)
                 if veto is not None:
                     reasons += (veto,)
                 if not reasons and probe is not None:
@@ -131,27 +139,32 @@ def make_plan(
     request: Request | None = None,
     probe: Probe | None = None,
     last_resort: Backend | None = None,
+    resident: str | None = None,
 ) -> Plan:
     """The plan for one module. NoKernelError, with the whole trace, where nothing takes M = 1.
 
     The winner at M = 1 fixes the resident layout. Every other range of M gets the best kernel that reads that layout;
-    ``last_resort`` (a kernel that reads any layout) fills what is left, also when a backend was forced.
+    ``last_resort`` (a kernel that reads any layout) fills what is left, also when a backend was forced. ``resident``
+    fixes the layout beforehand. LayoutError where ``layouts`` lacks the one that the weight would lie in.
     """
     request = request or Request()
-    decision = choose(spec, 1, backends, request, probe)
+    decision = choose(spec, 1, backends, request, probe, resident)
     if decision.chosen is None:
         from .explain import refusal_text
 
         raise NoKernelError(refusal_text(decision), decision)
     reads = decision.chosen.kernel.reads
-    resident = layouts[spec.layout if reads == ANY_LAYOUT else reads]
-    readers = [only_readers(backend, resident.name) for backend in backends]
+    kept = resident or spec.layout if reads == ANY_LAYOUT else reads
+    if kept not in layouts:
+        raise LayoutError(f"layout {kept!r} does not exist: the layouts are {', '.join(sorted(layouts))}")
     bands: list[Band] = []
-    for rows in _ranges(readers, spec):
-        here = choose(spec, rows.first, readers, request, probe)
+    for rows in _ranges(backends, spec, kept):
+        here = choose(spec, rows.first, backends, request, probe, kept)
         if here.chosen is None and last_resort is not None:
-            fallback = choose(spec, rows.first, [last_resort], Request(disabled=request.disabled), probe)
-            here = Decision(spec, rows.first, here.request, fallback.accepted, here.refused + fallback.refused)
+            fallback = choose(spec, rows.first, [last_resort], Request(disabled=request.disabled), probe, kept)
+            redone = {candidate.name for candidate in fallback.accepted} | {r.name for r in fallback.refused}
+            refused = tuple(r for r in here.refused if r.name not in redone) + fallback.refused
+            here = Decision(spec, rows.first, request, fallback.accepted, refused)
         if here.chosen is None:
             from .explain import refusal_text
 
@@ -160,7 +173,7 @@ def make_plan(
             bands[-1] = Band(Rows(bands[-1].rows.first, rows.last), bands[-1].decision)
         else:
             bands.append(Band(rows, here))
-    return Plan(spec, resident, tuple(bands), decision)
+    return Plan(spec, layouts[kept], tuple(bands), decision)
 
 
 def _best_record(kernel: Kernel, spec: LinearSpec, m: int) -> Capability | tuple[Reason, ...]:
@@ -178,9 +191,25 @@ def _against(backend: Backend, kernel: Kernel, request: Request) -> tuple[Reason
     reasons: tuple[Reason, ...] = ()
     if request.forced is not None and backend.name != request.forced:
         reasons += (Reason("request", f"backend {request.forced} ({request.source})", f"backend {backend.name}"),)
-    if request.disabled & {backend.name, f"{backend.name}.{kernel.name}"}:
-        reasons += (Reason("request", "a backend that is not disabled", f"{backend.name} in AWQ_CORE_DISABLE"),)
+    for name in (backend.name, f"{backend.name}.{kernel.name}"):
+        if name in request.disabled:
+            reasons += (Reason("request", "a kernel that is not disabled", f"{name} in AWQ_CORE_DISABLE"),)
     return reasons
+
+
+def _veto(kernel: Kernel, spec: LinearSpec) -> Reason | None:
+    """``kernel.refuses(spec)``; a function that fails counts as a refusal, since it is a plugin's and others go on."""
+    try:
+        veto = kernel.refuses(spec)
+    except Exception as error:
+        return Reason("refuses", "an answer of the kernel's own check", one_line(error))
+    if veto is not None and not isinstance(veto, Reason):
+        return Reason("refuses", "a Reason or None from the kernel's own check", repr(veto))
+    return veto
+
+
+def _reads(kernel: Kernel, resident: str | None) -> bool:
+    return resident is None or kernel.reads in (ANY_LAYOUT, resident)
 
 
 def _rank(candidate: Candidate, spec: LinearSpec, request: Request) -> tuple[int, int, bool, str]:
@@ -190,22 +219,15 @@ def _rank(candidate: Candidate, spec: LinearSpec, request: Request) -> tuple[int
     return (place, -candidate.capability.priority, repacks, candidate.name)
 
 
-def only_readers(backend: Backend, resident: str) -> Backend:
-    """The backend with those of its kernels that can read the resident layout of that name."""
-    kernels = tuple(k for k in backend.kernels if k.reads in (ANY_LAYOUT, resident))
-    return Backend(backend.name, kernels, backend.layouts, backend.probe)
-
-
-def _ranges(backends: Sequence[Backend], spec: LinearSpec) -> list[Rows]:
-    """M split at every edge of a record that takes ``spec`` for some M."""
+def _ranges(backends: Sequence[Backend], spec: LinearSpec, resident: str) -> list[Rows]:
+    """M split at every edge of a record that takes ``spec`` for some M and whose kernel reads ``resident``."""
     firsts = {1}
-    for backend in backends:
-        for kernel in backend.kernels:
-            for record in kernel.capabilities:
-                if not check(record, spec):
-                    firsts.add(record.rows.first)
-                    if record.rows.last is not None:
-                        firsts.add(record.rows.last + 1)
+    kernels = [kernel for backend in backends for kernel in backend.kernels if _reads(kernel, resident)]
+    for record in (record for kernel in kernels for record in kernel.capabilities):
+        if not check(record, spec):
+            firsts.add(record.rows.first)
+            if record.rows.last is not None:
+                firsts.add(record.rows.last + 1)
     starts = sorted(firsts)
     ends: list[int | None] = [start - 1 for start in starts[1:]]
     return [Rows(first, last) for first, last in zip(starts, [*ends, None], strict=True)]

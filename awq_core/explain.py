@@ -24,7 +24,7 @@ def refusal_text(decision: Decision) -> str:
             names = sorted({r.name.split(".")[0] for r in others})
             head = (
                 f"{request.source} asks for backend {request.forced}, which is not installed; "
-                f"installed are {', '.join(names)} (`awq backends` shows what failed to load)"
+                f"installed are {', '.join(names) or 'none'} (`awq backends` shows what failed to load)"
             )
         return "\n".join([head + ".", *(refusal_line(r) for r in own)])
     return "\n".join([head + ".", *(refusal_line(r) for r in decision.refused)])
@@ -42,19 +42,32 @@ def plan_line(plan: Plan) -> str:
 
 def memory_text(plan: Plan) -> str:
     """What the resident weight takes, and why, where it is more than in the checkpoint."""
-    stored, resident = checkpoint_bytes(plan.spec), plan.resident.nbytes(plan.spec)
+    stored, resident = checkpoint_bytes(plan.spec), resident_bytes(plan)
+    if resident is None:
+        return f"resident {plan.resident.name}, of unknown size"
     text = f"resident {plan.resident.name}, {resident / stored:.2f}x of the checkpoint's bytes"
     return f"{text}: {plan.resident.note}" if plan.resident.note and resident > 1.5 * stored else text
 
 
+def resident_bytes(plan: Plan) -> int | None:
+    """Bytes of the resident weight; None where the layout's ``nbytes``, which may be a plugin's, does not say."""
+    try:
+        return int(plan.resident.nbytes(plan.spec))
+    except Exception:  # a number for people is no reason to fail
+        return None
+
+
 def plan_text(plan: Plan) -> str:
-    """The plan with every refusal, for people."""
+    """The plan with every refusal, for people; a reason that holds at several M is said once."""
     lines = [str(plan.spec), "  " + plan_line(plan), "  " + memory_text(plan)]
     for band in plan.bands:
         others = [f"{_short(c)}" for c in band.decision.accepted[1:]]
         lines.append(f"  M {band.rows}: {_short(band.candidate)}" + (f", before {', '.join(others)}" if others else ""))
-    lines += ["  refused at M 1:"] if plan.decision.refused else []
-    lines += ["  " + refusal_line(refusal) for refusal in plan.decision.refused]
+    said: list[Refusal] = []
+    for place, decision in [("1", plan.decision), *((str(band.rows), band.decision) for band in plan.bands)]:
+        new = [refusal for refusal in decision.refused if not any(_covers(old, refusal) for old in said)]
+        lines += [f"  refused at M {place}:", *("  " + refusal_line(refusal) for refusal in new)] if new else []
+        said += new
     return "\n".join(lines)
 
 
@@ -72,7 +85,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "device": str(spec.device),
         "experts": spec.experts,
         "resident": plan.resident.name,
-        "resident_bytes": plan.resident.nbytes(spec),
+        "resident_bytes": resident_bytes(plan),
         "checkpoint_bytes": checkpoint_bytes(spec),
         "note": plan.resident.note,
         "bands": [
@@ -87,6 +100,11 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         ],
         "refused": [_refusal_data(r) for r in plan.decision.refused],
     }
+
+
+def _covers(old: Refusal, new: Refusal) -> bool:
+    """Whether what was said of a kernel is enough to refuse it here too."""
+    return old.name == new.name and set(old.reasons) <= set(new.reasons)
 
 
 def _refusal_data(refusal: Refusal) -> dict[str, Any]:

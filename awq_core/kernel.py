@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .capability import Capability, Reason
+from .guard import require
 from .spec import Device, LinearSpec
 
 if TYPE_CHECKING:
     import torch
 
 ANY_LAYOUT = "*"
+NAME = re.compile("[a-z0-9][a-z0-9_-]*")  # requests are put in lower case and separated by commas and dots
+NAME_RULE = "a name of a-z, 0-9, _ and -"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,12 @@ class ResidentLayout:
     dequantize: Callable[[LinearSpec, Mapping[str, torch.Tensor], torch.dtype], torch.Tensor]
     nbytes: Callable[[LinearSpec], int]
     note: str = ""
+
+    def __post_init__(self) -> None:
+        ok = isinstance(self.name, str) and self.name not in ("", ANY_LAYOUT)
+        require(ok, "ResidentLayout.name", 'a name (and not "*")', self.name)
+        require(isinstance(self.note, str), f"ResidentLayout {self.name!r}: note", "a text", self.note)
+        _callable(self, "prepare", "restore", "dequantize", "nbytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +81,13 @@ class Kernel:
     refuses: Callable[[LinearSpec], Reason | None] = field(default=_refuses_nothing)
     adds_bias: bool = False
 
+    def __post_init__(self) -> None:
+        _named(self, self.name)
+        require(isinstance(self.reads, str), f"Kernel {self.name!r}: reads", "the name of a layout", self.reads)
+        _tuple_of(Capability, self, "capabilities")
+        _callable(self, "apply", "refuses")
+        require(isinstance(self.adds_bias, bool), f"Kernel {self.name!r}: adds_bias", "True or False", self.adds_bias)
+
 
 @dataclass(frozen=True, slots=True)
 class Backend:
@@ -78,9 +95,37 @@ class Backend:
 
     ``probe(device)`` says why the backend cannot run on this real device now (None: it can); it may import what is
     heavy, is asked only once its records have accepted, and its answer is cached.
+
+    Names are of a-z, 0-9, ``_`` and ``-``. All these records raise ValueError where a field has a wrong type.
     """
 
     name: str
     kernels: tuple[Kernel, ...]
     layouts: tuple[ResidentLayout, ...] = ()
     probe: Callable[[Device], str | None] = field(default=_always_there)
+
+    def __post_init__(self) -> None:
+        _named(self, self.name)
+        _tuple_of(Kernel, self, "kernels")
+        _tuple_of(ResidentLayout, self, "layouts")
+        _callable(self, "probe")
+        names = [kernel.name for kernel in self.kernels]
+        require(len(set(names)) == len(names), f"Backend {self.name!r}: kernels", "of different names", names)
+
+
+def _named(record: object, name: object) -> None:
+    require(
+        isinstance(name, str) and NAME.fullmatch(name) is not None, f"{type(record).__name__}.name", NAME_RULE, name
+    )
+
+
+def _tuple_of(kind: type, record: Kernel | Backend, name: str) -> None:
+    value = getattr(record, name)
+    ok = isinstance(value, tuple) and all(isinstance(item, kind) for item in value)
+    require(ok, f"{type(record).__name__} {record.name!r}: {name}", f"a tuple of {kind.__name__}", value)
+
+
+def _callable(record: Kernel | Backend | ResidentLayout, *names: str) -> None:
+    for name in names:
+        value = getattr(record, name)
+        require(callable(value), f"{type(record).__name__} {record.name!r}: {name}", "a function", value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -13,8 +13,10 @@ from typing import Any
 import pluggy
 
 from . import hookspecs
+from ._version import __version__
 from .errors import PluginError
-from .kernel import Backend, ResidentLayout
+from .guard import one_line
+from .kernel import ANY_LAYOUT, Backend, ResidentLayout
 from .layouts import NAMES
 from .reference import BACKEND as REFERENCE
 from .resident import as_stored
@@ -40,30 +42,46 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class LoadFailure:
-    """A plugin that could not be used, and why, in one sentence."""
+    """A plugin that could not be used, and why, in one line; ``offered`` are its backends, as far as it got."""
 
     source: Source
     error: str
+    offered: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Registry:
-    """What the plugins of this environment offer. ``sources`` says where each backend and layout came from."""
+    """What the plugins of this environment offer. ``sources`` says where each backend and layout came from.
+
+    ``left_out`` are plugins that AWQ_CORE_PLUGINS does not name; they were not imported.
+    """
 
     backends: Mapping[str, Backend]
     layouts: Mapping[str, ResidentLayout]
     fusers: tuple[Any, ...]
     sources: Mapping[str, Source]
     failures: tuple[LoadFailure, ...]
+    left_out: tuple[Source, ...] = ()
 
     def backend(self, name: str) -> Backend:
         """The backend of that name; PluginError says why it failed to load, or which ones exist."""
         if name in self.backends:
             return self.backends[name]
         for failure in self.failures:
-            if failure.source.name == name:
+            if name in failure.offered or (failure.source.name == name and failure.source.group == GROUPS[0]):
                 raise PluginError(f"backend {name!r} of {failure.source} could not be loaded: {failure.error}")
-        raise PluginError(f"backend {name!r} is not installed; installed are {', '.join(sorted(self.backends))}")
+        for source in self.left_out:
+            if source.name == name and source.group == GROUPS[0]:
+                raise PluginError(
+                    f"backend {name!r} of {source} is installed, but {ALLOW_LIST} does not name it: add it"
+                )
+        raise PluginError(f"backend {name!r} is not installed; {self.known()}")
+
+    def known(self) -> str:
+        """The names that may be asked for and those that failed, as the end of a sentence."""
+        failed = ", ".join(sorted(failure.source.name for failure in self.failures))
+        text = f"installed are {', '.join(sorted(self.backends))}"
+        return f"{text}; these plugins failed to load: {failed} (`awq backends` says why)" if failed else text
 
 
 @functools.cache
@@ -78,125 +96,152 @@ def load(entry_points: Iterable[importlib.metadata.EntryPoint], allow: str | Non
     First-party plugins come first and are always allowed, so that no third party can take their names.
     """
     allowed = None if allow is None else {name.strip() for name in allow.split(",") if name.strip()}
-    backends: dict[str, Backend] = {REFERENCE.name: REFERENCE}
-    layouts: dict[str, ResidentLayout] = {name: as_stored(name) for name in NAMES}
-    core = Source("core", "", OURS, _version())
-    sources: dict[str, Source] = {REFERENCE.name: core} | dict.fromkeys(map(_layout_key, layouts), core)
-    fusers: list[Any] = []
+    core = Source("core", "", OURS, __version__)
+    offers = [_Offer(core, (REFERENCE,), tuple(map(as_stored, NAMES)), ())]
     failures: list[LoadFailure] = []
-    for entry_point in sorted(entry_points, key=_order):
-        source = _source(entry_point)
+    left_out: list[Source] = []
+    for source, entry_point in sorted(((_source(point), point) for point in entry_points), key=_order):
         if source.distribution != OURS and allowed is not None and source.name not in allowed:
+            left_out.append(source)
             continue
+        offered: tuple[str, ...] = ()
         try:
-            offered = _register(entry_point)
-            _check_names(offered, source, backends, layouts, sources)
-        except (Exception, SystemExit) as error:  # a plugin may fail in any way, and must not take the others along
-            failures.append(LoadFailure(source, _one_line(error)))
-            continue
-        for backend in offered.backends:
-            backends[backend.name] = backend
-            sources[backend.name] = source
-        for layout in offered.layouts:
-            layouts[layout.name] = layout
-            sources[_layout_key(layout.name)] = source
-        fusers += offered.fusers
+            offer = _register(source, entry_point)
+            offered = tuple(backend.name for backend in offer.backends)
+            _check_names(offer, offers)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a plugin may fail in any way (SystemExit, a panic in Rust), and others go on
+            failures.append(LoadFailure(source, _why(error), offered))
+        else:
+            offers.append(offer)
+    while found := _unreadable(offers):  # one that is dropped takes its layouts along
+        offer, why = found
+        offers.remove(offer)
+        failures.append(LoadFailure(offer.source, why, tuple(backend.name for backend in offer.backends)))
+    backends = {backend.name: backend for offer in offers for backend in offer.backends}
+    layouts = {layout.name: layout for offer in offers for layout in offer.layouts}
+    sources = {key: offer.source for offer in reversed(offers) for key in offer.names()}
+    fusers = tuple(fuser for offer in offers for fuser in offer.fusers)
     frozen = MappingProxyType
-    return Registry(frozen(backends), frozen(layouts), tuple(fusers), frozen(sources), tuple(failures))
+    return Registry(frozen(backends), frozen(layouts), fusers, frozen(sources), tuple(failures), tuple(left_out))
+
+
+def probe(backend: Backend, device: Device) -> str | None:
+    """``backend.probe(device)``, asked once; a probe that raises counts as a refusal with its error."""
+    return _ask(backend.probe, device)
 
 
 @functools.cache
-def probe(backend: Backend, device: Device) -> str | None:
-    """``backend.probe(device)``, asked once; a probe that raises counts as a refusal with its error."""
+def _ask(question: Callable[[Device], str | None], device: Device) -> str | None:
     try:
-        return backend.probe(device)
-    except Exception as error:  # the user gets the reason in the decision, not a traceback
-        return _one_line(error)
+        answer = question(device)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user gets the reason in the decision, not a traceback
+        return _why(error)
+    if answer is not None and not isinstance(answer, str):
+        return f"its probe answered {answer!r} where a text or None is wanted"
+    return answer
 
 
 @dataclass(frozen=True, slots=True)
 class _Offer:
+    source: Source
     backends: tuple[Backend, ...]
     layouts: tuple[ResidentLayout, ...]
     fusers: tuple[Any, ...]
 
+    def names(self) -> list[str]:
+        """The keys of ``Registry.sources``: backends by name, layouts as ``layout:name``."""
+        return [*(backend.name for backend in self.backends), *(f"layout:{layout.name}" for layout in self.layouts)]
 
-def _register(entry_point: importlib.metadata.EntryPoint) -> _Offer:
+
+def _register(source: Source, entry_point: importlib.metadata.EntryPoint) -> _Offer:
     """Import one plugin and call its hooks, in a plugin manager of its own (one raising hook spoils a shared call)."""
     plugin = entry_point.load()
-    wants = getattr(plugin, "PLUGIN_API", None)
-    if wants != hookspecs.PLUGIN_API:
-        raise PluginError(
-            f"it is written for plugin API {wants}, and this awq-core has API {hookspecs.PLUGIN_API}: "
-            "install a version of the plugin for this one"
-        )
+    _check_api(getattr(plugin, "PLUGIN_API", None))
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     manager.register(plugin, entry_point.name)
     manager.check_pending()
-    if entry_point.group == "awq_core.fusers":
-        return _Offer((), (), tuple(f for offer in manager.hook.awq_core_fusers() for f in offer))
+    if not manager.get_hookcallers(plugin):
+        raise PluginError("it has no hook: mark its functions with awq_core.api.hookimpl")
+    if source.group == GROUPS[1]:
+        return _Offer(source, (), (), tuple(f for offer in manager.hook.awq_core_fusers() for f in offer))
     backends = tuple(b for offer in manager.hook.awq_core_backends() for b in offer)
     layouts = tuple(layout for offer in manager.hook.awq_core_layouts() for layout in offer)
     for thing, kind in [*((b, Backend) for b in backends), *((layout, ResidentLayout) for layout in layouts)]:
         if not isinstance(thing, kind):
             raise PluginError(f"its hook returned {type(thing).__name__} where awq_core.api.{kind.__name__} is wanted")
+    for backend in backends:
+        if not backend.kernels:
+            raise PluginError(f"backend {backend.name!r} has no kernels")
+        hash(backend.probe)  # answers are remembered by it
     layouts += tuple(layout for backend in backends for layout in backend.layouts)
-    return _Offer(backends, layouts, ())
+    return _Offer(source, backends, tuple(dict.fromkeys(layouts)), ())
 
 
-def _check_names(
-    offer: _Offer,
-    source: Source,
-    backends: Mapping[str, Backend],
-    layouts: Mapping[str, ResidentLayout],
-    sources: Mapping[str, Source],
-) -> None:
-    for name, taken, key in [
-        *((b.name, backends, b.name) for b in offer.backends),
-        *((layout.name, layouts, _layout_key(layout.name)) for layout in offer.layouts),
-    ]:
-        if name in taken:
-            kind = "backend" if taken is backends else "layout"
-            raise PluginError(
-                f"{kind} {name!r} of {source.distribution} is offered by {sources[key].distribution} already: "
-                "uninstall one of the two distributions"
-            )
-    known = set(layouts) | {layout.name for layout in offer.layouts} | {"*"}
-    for backend in offer.backends:
-        for kernel in backend.kernels:
-            if kernel.reads not in known:
+def _check_api(wants: object) -> None:
+    if wants is None:
+        raise PluginError(f"it does not say PLUGIN_API = {hookspecs.PLUGIN_API}, the plugin API that it is written for")
+    if wants != hookspecs.PLUGIN_API:
+        raise PluginError(
+            f"it is written for plugin API {wants!r}, and this awq-core has API {hookspecs.PLUGIN_API}: "
+            "install a version of the plugin for this one"
+        )
+
+
+def _check_names(offer: _Offer, others: Iterable[_Offer]) -> None:
+    """PluginError where a name is taken. The same layout record may be offered twice."""
+    for new in offer.names():
+        if offer.names().count(new) > 1:
+            raise PluginError(f"it offers two things called {new!r}")
+    for other in others:
+        mine: set[Backend | ResidentLayout] = {*offer.backends, *(set(offer.layouts) - set(other.layouts))}
+        taken = set(other.names())
+        for record in sorted(mine, key=lambda record: record.name):
+            kind = "backend" if isinstance(record, Backend) else "layout"
+            if (record.name if kind == "backend" else f"layout:{record.name}") in taken:
                 raise PluginError(
-                    f"kernel {backend.name}.{kernel.name} reads layout {kernel.reads!r}, which nobody offers"
+                    f"{kind} {record.name!r} of {offer.source.distribution} is offered by {other.source.distribution} "
+                    "already: uninstall one of the two distributions"
                 )
 
 
-def _layout_key(name: str) -> str:
-    return f"layout:{name}"
+def _unreadable(offers: Sequence[_Offer]) -> tuple[_Offer, str] | None:
+    """An offer with a kernel that could never read what it says, and why."""
+    known = {layout.name for offer in offers for layout in offer.layouts} | {ANY_LAYOUT}
+    for offer in offers:
+        for name, kernel in [(backend.name, kernel) for backend in offer.backends for kernel in backend.kernels]:
+            what = f"kernel {name}.{kernel.name} reads layout {kernel.reads!r}"
+            if kernel.reads not in known:
+                return offer, f"{what}, which nobody offers"
+            # A checkpoint layout is kept as it is stored: there is no way into it from another one.
+            if kernel.reads in NAMES and any(c.layouts != {kernel.reads} for c in kernel.capabilities):
+                return offer, f"{what} as it is stored, so each of its records must say layouts={{{kernel.reads!r}}}"
+    return None
 
 
 def _entry_points() -> list[importlib.metadata.EntryPoint]:
     return [point for group in GROUPS for point in importlib.metadata.entry_points(group=group)]
 
 
-def _order(entry_point: importlib.metadata.EntryPoint) -> tuple[bool, str, str]:
-    source = _source(entry_point)
-    return (source.distribution != OURS, source.name, source.distribution)
+def _order(item: tuple[Source, importlib.metadata.EntryPoint]) -> tuple[bool, str, str, str]:
+    source, _ = item
+    return (source.distribution != OURS, source.name, source.distribution, source.group)
 
 
 def _source(entry_point: importlib.metadata.EntryPoint) -> Source:
-    distribution = entry_point.dist
-    if distribution is None:
-        return Source(entry_point.name, entry_point.group, "unknown distribution", "")
-    return Source(entry_point.name, entry_point.group, distribution.name, distribution.version)
+    """Where it comes from; a distribution whose metadata is damaged has no name."""
+    try:
+        distribution = entry_point.dist
+        name, version = (distribution.name, distribution.version) if distribution is not None else ("", "")
+    except Exception:
+        name, version = "", ""
+    return Source(entry_point.name, entry_point.group, name or "unknown distribution", version or "")
 
 
-def _version() -> str:
-    from ._version import __version__
-
-    return __version__
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or "no message"
-    return text if isinstance(error, PluginError) else f"{type(error).__name__}: {text}"
+def _why(error: BaseException) -> str:
+    """The text of an error; our own sentences need no name in front."""
+    return str(error) if isinstance(error, PluginError) else one_line(error)

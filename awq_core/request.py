@@ -31,9 +31,9 @@ def current_request(version: str | None = None) -> Request:
     environment = os.environ.get("AWQ_CORE_BACKEND", "").strip().lower() or None
     preferred = _preferred.get()
     source = ""
-    forced = version
-    if version is not None:
-        source = f'AwqConfig(version="{version}")'
+    forced = (version or "").strip().lower() or None
+    if forced is not None:
+        source = f'AwqConfig(version="{forced}")'
     elif environment is not None and not preferred:
         forced, source = environment, f"AWQ_CORE_BACKEND={environment}"
     disabled = (word.strip().lower() for word in os.environ.get("AWQ_CORE_DISABLE", "").split(","))

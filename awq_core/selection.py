@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from . import dispatch, plugins
 from .dispatch import Plan
+from .notice import tell
+from .plugins import Registry
 from .reference import BACKEND as REFERENCE
 from .request import Request, current_request
 from .spec import LinearSpec
@@ -14,20 +16,28 @@ def select(spec: LinearSpec, request: Request | None = None, *, imagined: bool =
 
     ``stored`` admits only kernels that read the weight as it is stored (it is offloaded, nothing can be repacked).
 
-    NoKernelError with all reasons where nothing takes it, PluginError where the forced backend failed to load.
+    NoKernelError with all reasons where nothing takes it, PluginError where the forced backend failed to load. A name
+    in ``prefer`` or AWQ_CORE_DISABLE that nobody has is told to the user, once.
     """
     found = plugins.registry()
     request = request or current_request()
     if request.forced is not None:
         found.backend(request.forced)
-    backends = list(found.backends.values())
-    if stored:
-        backends = [dispatch.only_readers(backend, spec.layout) for backend in backends]
+    _tell_unknown(request, found)
     return dispatch.make_plan(
         spec,
-        backends,
+        list(found.backends.values()),
         found.layouts,
         request,
         None if imagined else plugins.probe,
         last_resort=REFERENCE,
+        resident=spec.layout if stored else None,
     )
+
+
+def _tell_unknown(request: Request, found: Registry) -> None:
+    kernels = {f"{name}.{kernel.name}" for name, backend in found.backends.items() for kernel in backend.kernels}
+    unknown = [("prefer()", name) for name in request.preferred if name not in found.backends]
+    unknown += [("AWQ_CORE_DISABLE", name) for name in sorted(request.disabled - {*found.backends} - kernels)]
+    for source, name in unknown:
+        tell(f"{source} names {name!r}, which is not installed; {found.known()}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .errors import ConfigError
+from .guard import is_count, require
 
 if TYPE_CHECKING:
     import torch
@@ -34,24 +35,29 @@ class Device:
     @classmethod
     def parse(cls, text: str) -> Device:
         """Read ``cpu``, ``cpu:avx512``, ``cuda:sm90``, ``hip:gfx942`` or ``mps``; ConfigError otherwise."""
-        kind, _, arch = text.strip().lower().partition(":")
-        if kind == "cpu" and arch in ("", *CPU_ARCHS):
+        kind, colon, arch = text.strip().lower().partition(":")
+        if kind == "cpu" and arch in (CPU_ARCHS if colon else ("",)):
             return cls("cpu", "any", arch or local_cpu_arch())
-        if kind == "cuda" and re.fullmatch(r"sm\d{2,3}", arch):
+        if kind == "cuda" and re.fullmatch(r"sm[0-9]{2,3}", arch):
             return cls("cuda", "nvidia", arch)
         if kind in ("hip", "rocm") and re.fullmatch(r"gfx[0-9a-f]{3,5}", arch):
             return cls("cuda", "amd", arch)
-        if kind == "mps" and not arch:
+        if kind == "mps" and not colon:
             return cls("mps", "apple")
         raise ConfigError(
-            f"device {text!r} is not understood: write cpu, cpu:avx512, cpu:avx2, cpu:generic, cuda:sm90, hip:gfx942 or "
-            "mps"
+            f"device {text!r} is not understood: "
+            "write cpu, cpu:avx512, cpu:avx2, cpu:generic, cuda:sm90, hip:gfx942 or mps"
         )
 
     @classmethod
     def of(cls, device: torch.device) -> Device:
         """The Device of a real torch device (asks the driver for the architecture, once per device)."""
-        return _describe(device.type, device.index)
+        index = device.index
+        if device.type == "cuda" and index is None:  # the current device may change, so it is no key to remember by
+            import torch
+
+            index = torch.cuda.current_device()
+        return _describe(device.type, index)
 
     def __str__(self) -> str:
         kind = "hip" if self.vendor == "amd" else self.type
@@ -74,7 +80,7 @@ def _describe(kind: str, index: int | None) -> Device:
     if kind == "cpu":
         return Device("cpu", "any", local_cpu_arch())
     if kind == "cuda":
-        properties = torch.cuda.get_device_properties(index if index is not None else torch.cuda.current_device())
+        properties = torch.cuda.get_device_properties(index)
         if torch.version.hip is not None:
             return Device("cuda", "amd", str(properties.gcnArchName).split(":")[0])
         return Device("cuda", "nvidia", f"sm{properties.major}{properties.minor}")
@@ -114,10 +120,15 @@ class LinearSpec:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Rows:
-    """A range of M, both ends included; ``last=None`` has no upper end."""
+    """A range of M, both ends included; ``last=None`` has no upper end. ValueError where it is no range."""
 
     first: int = 1
     last: int | None = None
+
+    def __post_init__(self) -> None:
+        require(is_count(self.first), "Rows.first", "a whole number of at least 1", self.first)
+        ok = self.last is None or (is_count(self.last) and self.last >= self.first)
+        require(ok, "Rows.last", "None or a whole number not below first", self.last)
 
     def __contains__(self, m: object) -> bool:
         return isinstance(m, int) and self.first <= m and (self.last is None or m <= self.last)

@@ -35,7 +35,7 @@ def requested(version: str | None) -> Request:
     """The request in force, with the option ``--version`` as the strongest word."""
     if version is None:
         return current_request()
-    from ..config import UserOptions
+    from ..options import UserOptions
 
     return replace(current_request(UserOptions(version=version).request), source=f"--version {version}")
 

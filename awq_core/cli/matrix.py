@@ -83,8 +83,8 @@ def _table(found: Registry, devices: Iterable[str], group_size: int) -> str:
 
     by_device: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {}
     for device in devices:
-        cells = {layout: tuple(cell(found, device, layout, d, group_size) for d in DTYPES) for layout in NAMES}
-        by_device[device] = tuple(_joined(cells).items())
+        found_cells = {layout: tuple(cell(found, device, layout, d, group_size) for d in DTYPES) for layout in NAMES}
+        by_device[device] = tuple(_joined(found_cells).items())
     lines = ["| device | stored as | " + " | ".join(DTYPES) + " |", "|" + " --- |" * (2 + len(DTYPES))]
     for names, rows in _joined(by_device).items():
         for number, (layouts, cells) in enumerate(rows):
