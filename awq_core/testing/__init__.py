@@ -1,1 +1,5 @@
-"""For tests of awq-core and of backends: tiny checkpoints, and the conformance kit."""
+"""For tests of awq-core and of backends: the conformance kit, and tiny checkpoints."""
+
+from .conformance import BackendConformance
+
+__all__ = ["BackendConformance"]
