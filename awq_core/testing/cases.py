@@ -106,7 +106,8 @@ def _specs(record: Capability, device: Device) -> Iterator[LinearSpec]:
     for layout in layouts:
         for zero_point in sorted(checkpoint_layout(layout).zero_points & record.zero_points, reverse=True):
             for group in groups:
-                k = math.lcm(group, record.in_multiple, 64 if layout in ("gemv_fast", "llm_awq", "marlin") else 1)
+                # Three groups: with a single one a kernel that mistakes the group size would still be right.
+                k = 3 * math.lcm(group, record.in_multiple, 64 if layout in ("gemv_fast", "llm_awq", "marlin") else 1)
                 k *= max(1, math.ceil(record.in_features.first / k))
                 n = math.lcm(record.out_multiple, 64 if layout == "marlin" else 8)
                 n *= max(1, math.ceil(record.out_features.first / n))

@@ -194,8 +194,7 @@ def test_the_honest_toy_passes():
     [pytest.param(check, backend, id=name) for check, planted in FAULTS.items() for name, backend in planted],
 )
 def test_finds_the_planted_fault(check: str, backend: Backend):
-    found = {name for name, _, _ in conformance.failures(backend)}
-    assert check in found, f"the kit's check of {check} missed it; it found {sorted(found)}"
+    assert next(conformance.failures(backend, check), None), f"the kit's check of {check} missed it"
 
 
 def test_a_backend_that_declares_nothing_fails():
