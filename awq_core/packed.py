@@ -27,7 +27,7 @@ class PackedWeight:
 
     Unbound, the owner's parameters ``prefix + suffix`` are the checkpoint tensors. Bound to a plan whose resident
     layout is another one, they are None and ``resident`` holds the prepared tensors; ``checkpoint()`` restores them,
-    bit for bit.
+    bit for bit. The prepared tensors are the owner's buffers too, not persistent ones: counted, but never saved.
     """
 
     def __init__(self, owner: nn.Module, prefix: str, spec: LinearSpec, scales_dtype: torch.dtype) -> None:
@@ -81,11 +81,11 @@ class PackedWeight:
         spec = self._spec(dtype, device)
         plan = select(spec, request or current_request(), stored=offloaded)
         if plan.resident.name != spec.layout:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be used for a gradient
                 prepared = plan.resident.prepare(spec, {s: t.detach() for s, t in self.stored().items()})
             for suffix in self.suffixes:
                 self.owner._parameters[self.prefix + suffix] = None
-            self.resident = prepared
+            self._keep(prepared)
         self.plan = plan
         self.key = intern_plan(plan, tuple(self.tensors()))
         if not offloaded:
@@ -94,8 +94,12 @@ class PackedWeight:
     def unbind(self) -> None:
         """Back to checkpoint parameters."""
         if self.resident is not None:
-            for suffix, tensor in self.checkpoint().items():
+            with torch.inference_mode(False), torch.no_grad():
+                restored = self.checkpoint()
+            for suffix, tensor in restored.items():
                 self.owner._parameters[self.prefix + suffix] = nn.Parameter(tensor, requires_grad=False)
+            for name in self.buffers():
+                delattr(self.owner, name)
         self.resident, self.plan, self.key = None, None, ""
 
     def move(self, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -107,10 +111,25 @@ class PackedWeight:
             kept = new if new.dtype == old.dtype else old.data.to(new.device)
             self.owner._parameters[self.prefix + suffix] = nn.Parameter(kept, requires_grad=False)
 
-    def map_resident(self, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Apply a ``convert`` that changes neither device nor dtype (share_memory, pin_memory)."""
-        if self.resident is not None:
-            self.resident = {name: convert(tensor) for name, tensor in self.resident.items()}
+    def touch(self, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply a ``convert`` that leaves the device as it is (``share_memory``, a ``.to`` that changes nothing)."""
+        if self.resident is None:
+            return self.move(convert)
+        converted = {name: (tensor, convert(tensor)) for name, tensor in self.resident.items()}
+        return self._keep({name: new if new.dtype == old.dtype else old for name, (old, new) in converted.items()})
+
+    def buffers(self) -> tuple[str, ...]:
+        """The owner's buffers that hold the resident tensors."""
+        return tuple(f"{self.prefix}resident_{name}" for name in self.resident or ())
+
+    def _keep(self, resident: dict[str, torch.Tensor]) -> None:
+        self.resident = resident
+        for buffer, tensor in zip(self.buffers(), resident.values(), strict=True):
+            self.owner.register_buffer(buffer, tensor, persistent=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the plan, whose kernels may not be picklable; ``PackedModule`` binds anew."""
+        return self.__dict__ | {"resident": None, "plan": None, "key": ""}
 
     def _spec(self, dtype: torch.dtype, device: torch.device) -> LinearSpec:
         return replace(self.spec, dtype=DTYPE_NAMES.get(dtype, str(dtype)), device=Device.of(device))
@@ -139,15 +158,21 @@ class PackedModule(nn.Module):
         self.packed = {}
         self.dtype: torch.dtype = torch.get_default_dtype()
         self.request: Request | None = None
+        self.place: torch.device | None = None
 
     def bind(
         self, dtype: torch.dtype | None = None, request: Request | None = None, on: torch.device | None = None
     ) -> None:
-        """Bind every weight for activations of ``dtype``, under ``request``; both are remembered for rebinding."""
-        self.dtype = dtype or self.dtype
+        """Bind every weight for activations of ``dtype``, under ``request``, on the device ``on`` of execution.
+
+        All three are remembered for binding anew; ``on`` is given only where the parameters are offloaded.
+        """
+        dtype = dtype or self.dtype
         self.request = request or self.request
+        self.place = on or self.place
         for weight in self.packed.values():
-            weight.bind(self.dtype, self.request, on)
+            weight.bind(dtype, self.request, self.place)
+        self.dtype = dtype
 
     @property
     def plans(self) -> dict[str, Plan]:
@@ -161,14 +186,14 @@ class PackedModule(nn.Module):
         probe = fn(torch.empty(0, dtype=self.dtype, device=device))
         if probe.device == device and probe.dtype == self.dtype:
             for weight in self.packed.values():
-                weight.map_resident(fn)
+                weight.touch(fn)
             self._apply_others(fn, recurse)
             return self
         for weight in self.packed.values():
             weight.unbind()
             weight.move(fn)
         self._apply_others(fn, recurse)
-        self.dtype = probe.dtype
+        self.dtype, self.place = probe.dtype, None
         if bound:
             self.bind()
         return self
@@ -176,17 +201,19 @@ class PackedModule(nn.Module):
     def _apply_others(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool) -> None:
         names = [w.prefix + s for w in self.packed.values() for s in w.suffixes]
         held = {name: self._parameters.pop(name) for name in names}
+        buffers = {name: self._buffers.pop(name) for w in self.packed.values() for name in w.buffers()}
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._parameters = {**held, **self._parameters}  # keeps the order of registration
+            self._buffers = {**self._buffers, **buffers}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for weight in self.packed.values():
+        for weight in self.packed.values():  # first, as they were registered
             if weight.resident is not None:
                 for suffix, tensor in weight.checkpoint().items():
                     destination[prefix + weight.prefix + suffix] = tensor
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         rebind = False
@@ -196,4 +223,26 @@ class PackedModule(nn.Module):
                 weight.unbind()
         super()._load_from_state_dict(state_dict, prefix, *args)
         if rebind:
+            self.bind()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: checkpoint tensors as parameters, and whether to bind them again."""
+        stored = {
+            weight.prefix + suffix: nn.Parameter(tensor.detach(), requires_grad=False)
+            for weight in self.packed.values()
+            if weight.resident is not None
+            for suffix, tensor in weight.checkpoint().items()
+        }
+        resident = {name for weight in self.packed.values() for name in weight.buffers()}
+        return self.__dict__ | {
+            "_parameters": {name: stored.get(name, tensor) for name, tensor in self._parameters.items()},
+            "_buffers": {name: tensor for name, tensor in self._buffers.items() if name not in resident},
+            "_non_persistent_buffers_set": self._non_persistent_buffers_set - resident,
+            "_bound": bool(self.plans),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        bound = state.pop("_bound")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if bound:
             self.bind()

@@ -7,14 +7,8 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
+from . import backends, demo, explain, generate, inspect, matrix, quantize
 from ._errors import Guarded
-from .backends import backends
-from .demo import demo
-from .explain import explain
-from .generate import generate
-from .inspect import inspect
-from .matrix import matrix
-from .quantize import quantize
 
 app = typer.Typer(
     name="awq",
@@ -42,8 +36,13 @@ def options(
     """Run, make and look into AWQ 4-bit language models."""
 
 
-for command in (inspect, explain, backends, generate, quantize, demo, matrix):
-    app.command()(command)
+app.command()(inspect.inspect)
+app.command()(explain.explain)
+app.command()(backends.backends)
+app.command()(generate.generate)
+app.command()(quantize.quantize)
+app.command()(demo.demo)
+app.command()(matrix.matrix)
 
 
 def main() -> None:

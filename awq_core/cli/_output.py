@@ -30,9 +30,10 @@ def print_json(data: Any) -> None:
 
 def table(title: str, columns: str, rows: Iterable[Iterable[object]]) -> Table:
     """A table. ``columns`` are headers between ``|``; one that begins with ``>`` is aligned to the right."""
+    names = [column.strip() for column in columns.split("|")]
     made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns.split("|"):
-        name = column.strip()
+    made.show_header = any(names)
+    for name in names:
         right = name.startswith(">")
         made.add_column(name.lstrip(">"), justify="right" if right else "left", overflow="fold")
     for row in rows:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from ..dispatch import Band, Plan, Refusal
-from ..explain import plan_data, plan_line, plan_text, refusal_line
+from ..explain import plan_data, plan_line, plan_text, resident_bytes
 from ..request import Request, current_request
 from ..resident import checkpoint_bytes
 from ..selection import select
@@ -26,9 +26,9 @@ class Planned:
     plan: Plan
 
     @property
-    def resident_bytes(self) -> int:
-        """Bytes in memory of all of them."""
-        return self.count * self.plan.resident.nbytes(self.plan.spec)
+    def resident_bytes(self) -> int | None:
+        """Bytes in memory of one of them; None where a plugin's layout does not say."""
+        return resident_bytes(self.plan)
 
 
 def requested(version: str | None) -> Request:
@@ -62,9 +62,9 @@ def chosen_table(planned: Iterable[Planned], m: int | None = None) -> Table:
     rows = []
     for item in planned:
         spec, plan = item.plan.spec, item.plan
-        stored, resident = checkpoint_bytes(spec), plan.resident.nbytes(spec)
         kernels = plan_line(plan).replace(" | ", "\n") if m is None else f"M {m} {band_at(plan, m).candidate.name}"
-        price = f"{size(resident)} ({resident / stored:.2f}x)"
+        resident = item.resident_bytes
+        price = size(resident) if resident is None else f"{size(resident)} ({resident / checkpoint_bytes(spec):.2f}x)"
         layout = f"{plan.resident.name}: {plan.resident.note}" if plan.resident.note else plan.resident.name
         rows.append((item.count, shape(spec), spec.layout, kernels, layout, price))
     title = "Kernels by M (rows of the activation: batch x sequence)"
@@ -107,12 +107,7 @@ def reasons_text(refusal: Refusal) -> str:
 
 def full_text(item: Planned) -> str:
     """The plan of one linear with every refusal in every range of M."""
-    lines = [f"{item.count} x {plan_text(item.plan)}"]
-    for band in item.plan.bands:
-        others = [r for r in band.decision.refused if r not in item.plan.decision.refused]
-        if others:
-            lines += [f"  refused at M {band.rows}:", *("  " + refusal_line(refusal) for refusal in others)]
-    return "\n".join(lines)
+    return f"{item.count} x {plan_text(item.plan)}"
 
 
 def planned_data(item: Planned) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def demo(
     hub. It takes about a minute on two CPU cores.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}  # the steps are progress enough
     started = time.perf_counter()
     from ._output import console, print_json
     from ._small_model import find_dense_model

@@ -68,7 +68,8 @@ def facts(opened: Opened, planned: list[Planned]) -> dict[str, Any]:
     dense = opened.dense
     dense_memory = sum(tensor_bytes(header, planned[0].plan.spec.dtype) for header in dense.values())
     dense_disk = sum(map(tensor_bytes, dense.values()))
-    quantized_memory = sum(item.resident_bytes for item in planned)
+    sizes = [(item.count, item.resident_bytes) for item in planned]
+    quantized_memory = sum(count * (nbytes or 0) for count, nbytes in sizes)
     groups = Counter((header.shape, header.dtype) for header in dense.values())
     return {
         "path": str(opened.folder),
@@ -98,7 +99,7 @@ def facts(opened: Opened, planned: list[Planned]) -> dict[str, Any]:
                 "experts": spec.experts,
                 "resident": item.plan.resident.name,
                 "disk_bytes": checkpoint_bytes(spec),
-                "memory_bytes": item.plan.resident.nbytes(spec),
+                "memory_bytes": item.resident_bytes,
             }
             for item in planned
             for spec in [item.plan.spec]

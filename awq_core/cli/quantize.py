@@ -75,12 +75,18 @@ def quantize(
 
 def run(screen: Console, model: Path, out: Path, **options: Any) -> Any:
     """``awq_core.hf.quantize.quantize`` with a progress bar on ``screen``; returns its report."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
     from ..hf.quantize import quantize as quantize_model
 
-    columns = (TextColumn("quantizing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[name]}"), console=screen, transient=True) as bar:
+    columns: tuple[ProgressColumn, ...] = (
+        TextColumn("quantizing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    columns += (TextColumn("{task.fields[name]}"),)
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task("", total=None, name="")
 
         def progress(done: int, total: int, name: str) -> None:

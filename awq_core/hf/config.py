@@ -31,7 +31,7 @@ class AwqConfig(StockAwqConfig):  # type: ignore[misc]
 
     Args:
         bits, group_size, zero_point: what the checkpoint has; its own values win.
-        version: backend to force (``gemm``, ``gemv``, ``exllama``, ``rocm``, ``cpu`` or a third party's name); None lets
+        version: backend to force (``gemm``, ``gemv``, ``exllama``, ``cpu`` or a third party's name); None lets
             the dispatcher choose the fastest.
         backend: ``autoawq`` or ``llm-awq``, accepted for old code.
         do_fuse, fuse_max_seq_len, modules_to_fuse: fused modules.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, TextStreamer
+from transformers.utils.logging import disable_progress_bar
 
 from ..errors import AwqError, CheckpointError, ConfigError
 from ..packed import DTYPE_NAMES, PackedModule
@@ -105,23 +108,27 @@ def load(folder: Path, dtype: str | None = None, device: str | None = None, vers
     """Load the model in ``folder``, dense or AWQ, by plain ``from_pretrained``, and its tokenizer.
 
     Raises:
-        AwqError: what transformers says where it cannot load the folder.
+        ConfigError: ``device`` is not in this machine, or ``version`` names no backend.
+        CheckpointError: transformers cannot load the folder; its own reason is part of the sentence.
     """
     enable()
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     options: dict[str, Any] = {"dtype": dtype or "auto"}
     place = device or ("cuda" if torch.cuda.is_available() else None)
     if place is not None:
-        options["device_map"] = place
+        options["device_map"] = _checked(place)
     if version is not None:
         options["quantization_config"] = AwqConfig(version=version)
-    if place is not None and place.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device {place!r}: this machine has no GPU that torch can use")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{folder} has no tokenizer that transformers can load: {_first_line(error)}") from error
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        with warnings.catch_warnings():
+            # That the request is merged into the checkpoint's config is what we want.
+            warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
+            model = AutoModelForCausalLM.from_pretrained(folder, **options)
     except AwqError:
         raise
     except (ValueError, OSError) as error:
@@ -210,6 +217,19 @@ def dense_from_gguf(file: Path, out: Path) -> None:
     )
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def _checked(place: str) -> str:
+    """``place`` if a model can be put there."""
+    if place == "auto":
+        return place
+    try:
+        device = torch.device(place)
+    except RuntimeError:
+        raise ConfigError(f"device {place!r} is not understood: write cpu, cuda, cuda:1 or auto") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {place!r}: this machine has no such GPU")
+    return place
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

@@ -17,15 +17,17 @@ from safetensors import safe_open
 from torch import nn
 
 from .._version import __version__
-from ..checkpoint import checkpoint_files, read_headers
+from ..checkpoint import TensorHeader, checkpoint_files, read_headers
 from ..errors import CheckpointError, ConfigError, LayoutError
 from ..layouts import Layout, checkpoint_layout
+from ..layouts.nibbles import PER_WORD
 from ..quantization.rtn import quantize_weight
 from ..quantization.write import ShardWriter, copy_side_files, new_folder, write_json
 from .skeleton import Names, is_experts
 
 VERSIONS = {"gemm": "gemm", "gemv": "gemv", "gemv_fast": "gemv_fast"}
 DTYPES = ("float16", "bfloat16")
+OUTPUT = "output embedding"  # which no loader of AWQ takes for quantized, so that it need not be listed
 
 Progress = Callable[[int, int, str], None]
 
@@ -69,6 +71,8 @@ def quantize(
     started = time.perf_counter()
     source = Path(model)
     kind = _checked_layout(layout, zero_point, dtype)
+    if source.resolve().is_relative_to(Path(out).resolve()):
+        raise CheckpointError(f"{out} is or holds the model {source} itself: choose another folder for the result")
     files = checkpoint_files(source)
     headers = read_headers(files)
     config = _dense_config(source)
@@ -142,18 +146,20 @@ def _choose(
             continue
         name = key.removesuffix(".weight")
         if module is not None and module is output:
-            skipped.append((name, "output embedding"))
+            skipped.append((name, OUTPUT))
         elif any(word in name for word in skip):
             skipped.append((name, "asked for"))
         else:
             n, k = header.shape
             group = k if group_size == -1 else group_size
-            refused = layout.refuses(k, n, group) if k % group == 0 else f"{group} does not divide {k}"
-            if refused is not None:
+            if layout.refuses(k, n, group) is not None:
+                if n % PER_WORD:  # no group size helps, and such linears (a gate of one output) are small
+                    skipped.append((name, f"its {n} outputs do not fill words of {PER_WORD} codes"))
+                    continue
                 wrong.add(k)
             chosen[key] = group
     if wrong:
-        sizes = [g for g in (128, 64, 32, 16) if all(headers[c].shape[1] % g == 0 for c in chosen)]
+        sizes = [g for g in (128, 64, 32, 16) if all(_fits(layout, headers[key], g) for key in chosen)]
         advice = f"take --group-size {sizes[0]}" if sizes else "leave these linears out with --skip"
         raise ConfigError(
             f"{source}: group_size {group_size} does not fit linears of {', '.join(map(str, sorted(wrong)))} inputs "
@@ -162,6 +168,11 @@ def _choose(
     if not chosen:
         raise CheckpointError(f"{source}: no linear to quantize was found")
     return chosen, skipped
+
+
+def _fits(layout: Layout, header: TensorHeader, group_size: int) -> bool:
+    n, k = header.shape
+    return layout.refuses(k, n, group_size) is None
 
 
 def _write_quantized(
@@ -201,7 +212,7 @@ def _quantized_config(
     config: dict[str, Any] = json.loads((source / "config.json").read_text("utf-8"))
     config.pop("torch_dtype", None)
     config["dtype"] = dtype
-    left_dense = sorted({name for name, why in skipped if why == "asked for"})
+    left_dense = sorted({name for name, why in skipped if why != OUTPUT})
     config["quantization_config"] = {
         "quant_method": "awq",
         "bits": 4,

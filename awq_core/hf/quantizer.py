@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import plugins
 from ..checkpoint import check_finite, quantized_modules, read_headers
 from ..errors import ConfigError
 from ..experts import AwqExperts
@@ -19,6 +20,7 @@ from ..options import UserOptions
 from ..packed import PackedModule
 from ..request import Request, current_request
 from . import _compat
+from .scaled_activation import ScaledActivation
 from .skeleton import build
 
 
@@ -36,6 +38,7 @@ class AwqCoreQuantizer(_compat.HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self.dtype_named = True
         self._device_map: Any = None
+        self._compile_safe = True
 
     @property
     def options(self) -> UserOptions:
@@ -49,6 +52,14 @@ class AwqCoreQuantizer(_compat.HfQuantizer):  # type: ignore[misc]
         self._device_map = kwargs.get("device_map")
         for note in (*self.options.notes, *self.quantization_config.checkpoint.notes):
             tell(note)
+        request = current_request(self.options.request)
+        if request.forced is not None:
+            plugins.registry().backend(request.forced)  # PluginError now, not after the weights are read
+        if self.options.do_fuse:
+            tell(
+                "AwqConfig asks for fused modules, but no fuser is installed: "
+                "the model runs unfused, slower and with the same answers"
+            )
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype that was asked for; bfloat16 where none was, the file says float16 and the model goes to a CPU."""
@@ -110,8 +121,11 @@ class AwqCoreQuantizer(_compat.HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         request = current_request(self.options.request)
         for name, module in model.named_modules():
+            if isinstance(module, PackedModule | ScaledActivation):
+                _check_loaded(name, module)
             if isinstance(module, PackedModule):
-                _finish(name, module, model.dtype, request)
+                _bind(module, model.dtype, request)
+                self._compile_safe &= all(plan.compile_safe for plan in module.plans.values())
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         for name, module in list(model.named_modules()):
@@ -137,8 +151,8 @@ class AwqCoreQuantizer(_compat.HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_compileable(self) -> bool:
-        """The linears are one op with a fake, whatever kernel it calls."""
-        return True
+        """Whether every bound kernel may run in a compiled graph; all are called by one op with a fake."""
+        return self._compile_safe
 
 
 def _goes_to_cpu(device_map: Any) -> bool:
@@ -149,13 +163,16 @@ def _goes_to_cpu(device_map: Any) -> bool:
     return all(str(place) in ("cpu", "disk") for place in places)
 
 
-def _finish(name: str, module: PackedModule, dtype: torch.dtype, request: Request) -> None:
-    """Check what was loaded and bind it; under an offloading hook, for the device of execution."""
-    for weight in module.packed.values():
-        for suffix, tensor in weight.stored().items():
+def _check_loaded(name: str, module: nn.Module) -> None:
+    """CheckpointError where a tensor holds NaN or inf; the loader's ``requires_grad`` is taken off codes and scales."""
+    for suffix, tensor in module.named_parameters(recurse=False):
+        check_finite(f"{name}.{suffix}", tensor)
+        if suffix != "bias":
             tensor.requires_grad_(False)
-            if tensor.device.type != "meta":
-                check_finite(f"{name}.{weight.prefix}{suffix}", tensor)
+
+
+def _bind(module: PackedModule, dtype: torch.dtype, request: Request) -> None:
+    """Bind a loaded module; under an offloading hook, for the device of execution."""
     hook = getattr(module, "_hf_hook", None)
     offloaded = bool(getattr(hook, "offload", False))
     place = torch.device(hook.execution_device) if offloaded and hook is not None else None

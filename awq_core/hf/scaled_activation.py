@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -18,3 +20,10 @@ class ScaledActivation(nn.Module):
         """x [..., N] to [..., N]."""
         y: torch.Tensor = self.act(x)
         return y / self.scales.to(y.dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ScaledActivation:
+        stored = self.scales.data
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.scales.dtype != stored.dtype:
+            self.scales = nn.Parameter(stored.to(self.scales.device), requires_grad=False)
+        return self

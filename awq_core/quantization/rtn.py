@@ -22,17 +22,29 @@ def quantize_weight(
     Raises:
         CheckpointError: the weight has NaN or inf, or scales that ``scales_dtype`` cannot hold.
     """
-    if not bool(torch.isfinite(weight).all()):
-        raise CheckpointError("the weight holds NaN or inf, which has no code")
-    grouped = weight.detach().to(torch.float32).T.reshape(-1, group_size, weight.shape[0])  # [G, g, N]
+    # Along rows of K the groups are contiguous; only the codes, a byte each, are transposed at the end.
+    rows = weight.shape[0]
+    grouped = weight.detach().to(torch.float32, copy=True).reshape(rows, -1, group_size)  # [N, G, g]
+    low, high = torch.aminmax(grouped, dim=2)
+    if not bool(torch.isfinite(high - low).all()):  # NaN and inf of any element come through
+        _check_finite(weight)
     if zero_point:
-        low, high = grouped.amin(1).clamp(max=0), grouped.amax(1).clamp(min=0)  # zero must stay representable
+        low, high = low.clamp(max=0), high.clamp(min=0)  # zero must stay representable
         scales = ((high - low) / TOP).clamp(min=SMALLEST_STEP).to(scales_dtype)
         zeros = (-low / scales.float()).round().clamp(0, TOP)
     else:
-        scales = (grouped.abs().amax(1) / (TOP // 2)).clamp(min=SMALLEST_STEP).to(scales_dtype)
+        scales = (torch.maximum(-low, high) / (TOP // 2)).clamp(min=SMALLEST_STEP).to(scales_dtype)
         zeros = torch.full_like(scales, TOP // 2 + 1, dtype=torch.float32)
     if not bool(torch.isfinite(scales).all()):
         raise CheckpointError(f"the weight is too large: its scales do not fit {scales_dtype}")
-    codes = (grouped / scales.float().unsqueeze(1)).round_().add_(zeros.unsqueeze(1)).clamp_(0, TOP)
-    return Codes(codes.to(torch.uint8).reshape(-1, weight.shape[0]), zeros.to(torch.uint8), scales)
+    codes = grouped.div_(scales.float().unsqueeze(2)).round_().add_(zeros.unsqueeze(2)).clamp_(0, TOP)
+    return Codes(
+        codes.to(torch.uint8).reshape(rows, -1).T.contiguous(),
+        zeros.to(torch.uint8).T.contiguous(),
+        scales.T.contiguous(),
+    )
+
+
+def _check_finite(weight: torch.Tensor) -> None:
+    if not bool(torch.isfinite(weight).all()):
+        raise CheckpointError("the weight holds NaN or inf, which has no code")

@@ -39,7 +39,11 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
             old = out.with_name(f".{out.name}.old")
             shutil.rmtree(old, ignore_errors=True)
             out.rename(old)
-            partial.rename(out)
+            try:
+                partial.rename(out)
+            except BaseException:
+                old.rename(out)
+                raise
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         else:
             partial.rename(out)

@@ -54,7 +54,7 @@ def devices(capability: Capability, local: Device) -> list[Device]:
 
 
 def declared(backend: Backend, local: Device) -> Iterator[Case]:
-    """Cells inside the records: every dtype, layout and group size at the smallest shape, then other shapes and rows."""
+    """Cells inside the records: each dtype, layout and group size at the smallest shape, then other shapes and rows."""
     for kernel in backend.kernels:
         for number, record in enumerate(kernel.capabilities):
             device = devices(record, local)[0]

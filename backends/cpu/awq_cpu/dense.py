@@ -1,0 +1,49 @@
+"""``cpu_dense``: a dense copy of the weight beside the checkpoint tensors, for what PyTorch's int4 kernel is slow at.
+
+* ``dense`` [N, K] in the activations' dtype, the form that ``F.linear`` reads
+* the checkpoint tensors as they are stored
+
+With experts every tensor has a leading dimension E.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from awq_core.api import LinearSpec, Weight, checkpoint_layout
+from awq_core.api import dequantize as dense_of
+
+DENSE = "dense"
+
+
+def apply(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``F.linear``: x [M, K] to [M, N], bias [N] or None."""
+    return torch.nn.functional.linear(x, weight.tensors[DENSE], bias)
+
+
+def prepare(spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Checkpoint tensors to resident tensors; the former are kept, not copied."""
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    if not spec.experts:
+        return {DENSE: _of_checkpoint(spec, tensors, dtype).t().contiguous(), **tensors}
+    dense = torch.empty(spec.experts, spec.out_features, spec.in_features, dtype=dtype)
+    for i in range(spec.experts):
+        dense[i] = _of_checkpoint(spec, {name: t[i] for name, t in tensors.items()}, dtype).t()
+    return {DENSE: dense, **tensors}
+
+
+def restore(spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The checkpoint tensors, which were kept."""
+    return {name: tensor for name, tensor in tensors.items() if name != DENSE}
+
+
+def dequantize(spec: LinearSpec, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The dense weight [K, N]: computed from the codes, so that it is rounded once to any ``dtype``."""
+    kept = tensors[DENSE]
+    return kept.t().to(dtype) if kept.dtype in (dtype, torch.float32) else _of_checkpoint(spec, tensors, dtype)
+
+
+def _of_checkpoint(spec: LinearSpec, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    layout = checkpoint_layout(spec.layout)
+    return dense_of(layout.unpack(tensors, spec.in_features, spec.out_features, spec.group_size), dtype)
