@@ -177,7 +177,6 @@ def _register(source: Source, entry_point: importlib.metadata.EntryPoint) -> _Of
     for backend in backends:
         if not backend.kernels:
             raise PluginError(f"backend {backend.name!r} has no kernels")
-        hash(backend.probe)  # answers are remembered by it
     layouts += tuple(layout for backend in backends for layout in backend.layouts)
     return _Offer(source, backends, tuple(dict.fromkeys(layouts)), ())
 
@@ -198,6 +197,7 @@ def _check_names(offer: _Offer, others: Iterable[_Offer]) -> None:
         if offer.names().count(new) > 1:
             raise PluginError(f"it offers two things called {new!r}")
     for other in others:
+        # The sets also refuse what cannot be hashed: answers of probes and plans are remembered by these records.
         mine: set[Backend | ResidentLayout] = {*offer.backends, *(set(offer.layouts) - set(other.layouts))}
         taken = set(other.names())
         for record in sorted(mine, key=lambda record: record.name):

@@ -21,7 +21,7 @@ from awq_core.layouts.base import Codes
 from awq_core.notice import tell
 from awq_core.spec import Rows
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -92,14 +91,9 @@ def _check(file: Path) -> None:
 
 
 def _convert(file: Path, ready: Path) -> None:
-    """Write beside ``ready`` and rename, so that an interrupted run leaves no half model in the cache."""
+    """Write under another name and rename, so that an interrupted run leaves no half model in the cache."""
     from ..hf.generation import dense_from_gguf
+    from ..quantization.write import new_folder
 
-    ready.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=ready.parent))
-    try:
+    with new_folder(ready, overwrite=True) as partial:
         dense_from_gguf(file, partial)
-        shutil.rmtree(ready, ignore_errors=True)
-        partial.rename(ready)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -27,7 +27,8 @@ HEAD = f"""# Which kernel runs where
 
 Written by `awq matrix` from what the built-in backends declare; do not edit it by hand. One linear of K = {FEATURES}
 inputs and N = {FEATURES} outputs; M is the number of rows (batch x sequence). A cell gives the kernel for each range of
-M, then how the weight lies in memory, in bytes of the checkpoint's. Devices and layouts with equal rows share one.
+M, then how the weight lies in memory: as it is stored (about 0.52 bytes a weight), or in a layout of the backend's own
+with its bytes a weight (dense bfloat16 has 2). Devices and layouts with equal rows share one.
 `awq explain PATH --device DEVICE` answers for a real checkpoint, with the reasons against every other kernel.
 """
 
@@ -106,7 +107,6 @@ def cell(found: Registry, device: str, layout: str, dtype: str, group_size: int)
     from ..errors import NoKernelError
     from ..reference import BACKEND as REFERENCE
     from ..request import Request
-    from ..resident import checkpoint_bytes
     from ..spec import Device, LinearSpec
 
     spec = LinearSpec(FEATURES, FEATURES, group_size, layout, layout != "marlin", False, dtype, Device.parse(device))
@@ -117,5 +117,6 @@ def cell(found: Registry, device: str, layout: str, dtype: str, group_size: int)
     kernels = ", ".join(f"M {band.rows}: `{band.candidate.name}`" for band in plan.bands)
     if len(plan.bands) == 1:
         kernels = f"`{plan.bands[0].candidate.name}`"
-    resident = "as stored" if plan.resident.name == layout else plan.resident.name
-    return f"{kernels}; {resident}, {plan.resident.nbytes(spec) / checkpoint_bytes(spec):.2f}x"
+    if plan.resident.name == layout:
+        return f"{kernels}; as stored"
+    return f"{kernels}; {plan.resident.name}, {plan.resident.nbytes(spec) / FEATURES**2:.2f} B"

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 from .._version import __version__
-from ..checkpoint import TensorHeader, checkpoint_files, read_headers
+from ..checkpoint import TensorHeader, check_finite, checkpoint_files, read_headers
 from ..errors import CheckpointError, ConfigError, LayoutError
 from ..layouts import Layout, checkpoint_layout
 from ..layouts.nibbles import PER_WORD
@@ -188,6 +188,8 @@ def _write_quantized(
 
 
 def _cast(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if key.endswith((".weight", ".bias")):  # other tensors, such as masks, may hold inf on purpose
+        check_finite(key, tensor)
     if not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor
     cast = tensor.to(dtype)

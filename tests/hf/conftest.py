@@ -43,7 +43,7 @@ def tensors():
 
 @pytest.fixture(scope="session")
 def dense(tensors, tmp_path_factory):
-    """``dense(folder)``: the folder of a dense float32 model whose weights are those of the AWQ checkpoint, unpacked."""
+    """``dense(folder)``: the folder of a dense float32 model with the unpacked weights of an AWQ checkpoint."""
     made: dict[Path, Path] = {}
 
     def make(folder: Path) -> Path:

@@ -1,6 +1,6 @@
-"""What we rely on in transformers and its documentation does not promise: when a release moves it, one test here says so.
+"""What we rely on in transformers and its documentation does not promise.
 
-The names stand in ``awq_core/hf/_compat.py``.
+When a release moves it, one test here says so. The names stand in ``awq_core/hf/_compat.py``.
 """
 
 from __future__ import annotations
@@ -99,6 +99,15 @@ def test_our_config_is_one_that_has_loading_attributes():
 def test_the_order_of_the_hooks(checkpoint, load, monkeypatch):
     calls: list[str] = []
     arguments: dict[str, set[str]] = {}
+
+    def spy(name, method):
+        def called(self, *args, **kwargs):
+            calls.append(name)
+            arguments.setdefault(name, set(kwargs))
+            return method(self, *args, **kwargs)
+
+        return called
+
     for name in (
         "validate_environment",
         "update_dtype",
@@ -108,13 +117,7 @@ def test_the_order_of_the_hooks(checkpoint, load, monkeypatch):
         "postprocess_model",
         "_process_model_after_weight_loading",
     ):
-
-        def spy(self, *args, _name=name, _method=getattr(AwqCoreQuantizer, name), **kwargs):
-            calls.append(_name)
-            arguments.setdefault(_name, set(kwargs))
-            return _method(self, *args, **kwargs)
-
-        monkeypatch.setattr(AwqCoreQuantizer, name, spy)
+        monkeypatch.setattr(AwqCoreQuantizer, name, spy(name, getattr(AwqCoreQuantizer, name)))
     model = load(checkpoint(), device_map="cpu")
     assert list(dict.fromkeys(calls)) == [
         "validate_environment",
@@ -198,7 +201,7 @@ def test_rename_source_key_gives_the_name_and_the_pattern_that_joined():
 
 
 def test_rename_source_key_adds_the_base_prefix_where_the_model_has_it():
-    state = {"model.norm.weight": None}
+    state = {"model.norm.weight": torch.empty(0)}
     assert _compat.rename_source_key("norm.weight", [], [], "model", state)[0] == "model.norm.weight"
 
 
@@ -216,7 +219,12 @@ def test_the_conversion_mapping_of_a_model_with_experts():
 
 def test_tied_weights_are_known_before_loading():
     config = transformers.LlamaConfig(
-        vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, tie_word_embeddings=True
+        vocab_size=8,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
     )
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)

@@ -236,6 +236,7 @@ def test_a_given_resident_layout_admits_only_its_readers():
     plan = plan_of(repacks, REFERENCE, resident="gemm")
     assert bands(plan) == {"1+": "a.stored"}
     assert plan.resident is LAYOUTS["gemm"]
+    assert plan_of(REFERENCE, resident="tiles").resident is LAYOUTS["tiles"]
     only = backend("b", kernel("tiles", record(290), reads="tiles"))
     with pytest.raises(NoKernelError, match="backend b, which refuses") as caught:
         plan_of(only, REFERENCE, request=Request("b", FORCED), resident="gemm")
@@ -366,6 +367,8 @@ def test_the_order_of_registration_does_not_matter(backends, request, random):
     assert first.resident is second.resident
     assert [names(band.decision) for band in first.bands] == [names(band.decision) for band in second.bands]
     assert against(first.decision) == against(second.decision)
+    told = [[name.split(".")[0] for name in against(plan.decision)] for plan in (first, second)]
+    assert told[0] == told[1]
 
 
 # Records that would break a choice cannot be made

@@ -12,7 +12,7 @@ from awq_core.experts import AwqExperts
 from awq_core.layouts import checkpoint_layout, dequantize
 from awq_core.quantization.rtn import quantize_weight
 
-E, H, I, G, T, TOP = 4, 64, 96, 32, 9, 2
+E, H, INNER, G, T, TOP = 4, 64, 96, 32, 9, 2
 
 
 class Dense(nn.Module):
@@ -36,10 +36,10 @@ class Dense(nn.Module):
 
 def make(layout: str = "gemm") -> tuple[AwqExperts, dict[str, torch.Tensor], Dense]:
     generator = torch.Generator().manual_seed(0)
-    experts = AwqExperts(E, H, I, nn.functional.silu, G, layout, dtype=torch.float32)
+    experts = AwqExperts(E, H, INNER, nn.functional.silu, G, layout, dtype=torch.float32)
     state: dict[str, torch.Tensor] = {}
     dense = []
-    for name, n, k in (("gate_up_proj", 2 * I, H), ("down_proj", H, I)):
+    for name, n, k in (("gate_up_proj", 2 * INNER, H), ("down_proj", H, INNER)):
         codes = [quantize_weight(torch.randn(n, k, generator=generator) / k**0.5, G) for _ in range(E)]
         packed = [checkpoint_layout(layout).pack(c) for c in codes]
         state |= {f"{name}_{suffix}": torch.stack([p[suffix] for p in packed]) for suffix in packed[0]}
