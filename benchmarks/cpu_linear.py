@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from awq_cpu.plugin import BACKEND
 
 from awq_core.api import Device, Kernel, LinearSpec, Weight
+from awq_cpu.plugin import BACKEND
 
 SMOLLM2 = {(576, 576): 2, (192, 576): 2, (1536, 576): 2, (576, 1536): 1}  # (N, K): how many in a layer
 LARGE = {(4096, 4096): 1, (14336, 4096): 1}
@@ -30,7 +30,9 @@ Run = Callable[[torch.Tensor], object]
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def checkpoint(n: int, k: int) -> dict[str, torch.Tensor]:
@@ -48,7 +50,9 @@ def contenders(n: int, k: int, dtype: str) -> dict[str, list[Run]]:
     spec = LinearSpec(k, n, GROUP, dtype=dtype, device=Device.parse("cpu"))
     torch_dtype = getattr(torch, dtype)
     copies = max(2, int(ROTATED_BYTES / (n * k * torch_dtype.itemsize)) + 1)
-    resident = next(lay for lay in BACKEND.layouts if lay.name == ("cpu_int4pack" if dtype == "bfloat16" else "cpu_dense"))
+    resident = next(
+        lay for lay in BACKEND.layouts if lay.name == ("cpu_int4pack" if dtype == "bfloat16" else "cpu_dense")
+    )
     tensors = resident.prepare(spec, checkpoint(n, k))
     weights = [Weight(spec, resident, {name: t.clone() for name, t in tensors.items()}) for _ in range(copies)]
     dense = resident.dequantize(spec, tensors, torch_dtype).t().contiguous()

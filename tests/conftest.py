@@ -24,6 +24,13 @@ from awq_core.spec import Rows
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 
 
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    """Whoever runs the tests may have asked for a backend in the environment."""
+    for name in [name for name in os.environ if name.startswith("AWQ_CORE_")]:
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture
 def told(caplog):
     """The sentences that the user was told in this test, as a function."""

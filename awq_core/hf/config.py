@@ -42,9 +42,9 @@ class AwqConfig(StockAwqConfig):  # type: ignore[misc]
         ConfigError: (a ValueError) one sentence, for anything that breaks a rule, unknown options included.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *in_order: Any, **options: Any) -> None:
         self.quant_method = QuantizationMethod.AWQ
-        self.options = UserOptions(**options)
+        self.options = UserOptions(**dict(zip(UserOptions.model_fields, in_order, strict=False)), **options)
         self.checkpoint: CheckpointConfig | None = None
         _set_attributes(self)
 

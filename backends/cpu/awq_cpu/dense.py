@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+
 from awq_core.api import LinearSpec, Weight, checkpoint_layout
 from awq_core.api import dequantize as dense_of
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+
 from awq_core.api import Codes, LinearSpec, Weight, checkpoint_layout
 from awq_core.api import dequantize as dense_of
 

@@ -83,7 +83,7 @@ def _pack_blocks(codes: torch.Tensor, block: int) -> torch.Tensor:
     in_features, out_features = codes.shape
     packed = torch.empty(out_features, in_features // 2, dtype=torch.uint8)
     for section in sections(out_features, block):
-        halves = codes[:, section.first : section.last].unflatten(1, (-1, 2, section.run))
+        halves = codes[:, section.first : section.last].view(in_features, -1, 2, section.run)
         joined = (halves[:, :, 1] << 4).bitwise_or_(halves[:, :, 0])  # [K, blocks, run]
         section.bytes_of(packed).copy_(joined.view(1, in_features, -1) if section.tail else joined.transpose(0, 1))
     return packed
@@ -99,7 +99,7 @@ def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
     for section in sections(out_features, block):
         stored = section.bytes_of(packed)
         joined = stored.view(in_features, -1, 1) if section.tail else stored.transpose(0, 1)
-        halves = codes[:, section.first : section.last].unflatten(1, (-1, 2, section.run))
+        halves = codes[:, section.first : section.last].view(in_features, -1, 2, section.run)
         torch.bitwise_and(joined, 15, out=halves[:, :, 0])
         torch.bitwise_right_shift(joined, 4, out=halves[:, :, 1])
     return codes

@@ -9,6 +9,7 @@ pass that moves short runs (half a block) is a copy of three dimensions, several
 from __future__ import annotations
 
 import torch
+
 from awq_core.api import Weight
 
 from . import int4pack
@@ -16,7 +17,7 @@ from .packing import Section, block_rows, sections
 from .scratch import scratch
 
 COLUMNS = 1 << 22  # weights in the dense buffer: 8 MiB
-ROWS = 1 << 22  # weights in the float32 buffer: 1 MiB
+ROWS = 1 << 18  # weights in the float32 buffer: 1 MiB
 HIGH_HALF = -(1 << 16)
 
 

@@ -7,20 +7,25 @@ import threading
 
 import torch
 
-_held = threading.local()
+
+class _Held(threading.local):
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+
+_held = _Held()
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """This thread's buffer ``name`` as an uninitialised tensor of ``shape``; the next call by that name overwrites it.
+    """The thread's buffer ``name`` as an uninitialised tensor of ``shape``; the next call by that name overwrites it.
 
     It grows to the largest shape asked for and is freed when the thread ends.
     """
-    buffers: dict[tuple[str, torch.dtype], torch.Tensor] = _held.__dict__
     numel = math.prod(shape)
-    buffer = buffers.get((name, dtype))
+    buffer = _held.buffers.get((name, dtype))
     if buffer is None or buffer.numel() < numel:
         # A tensor made in inference mode could not be written to outside of it later.
         with torch.inference_mode(False):
             buffer = torch.empty(numel, dtype=dtype)
-        buffers[name, dtype] = buffer
+        _held.buffers[name, dtype] = buffer
     return buffer[:numel].view(shape)
