@@ -2,7 +2,7 @@
 
 from .capability import Capability, Reason
 from .hookspecs import PLUGIN_API, hookimpl
-from .kernel import ANY_LAYOUT, Backend, Kernel, ResidentLayout, Weight
+from .kernel import ANY_LAYOUT, Backend, Kernel, ResidentLayout, TritonSource, Weight
 from .layouts import checkpoint_layout
 from .layouts.base import Codes, Layout, dequantize
 from .spec import Device, LinearSpec, Rows
@@ -20,6 +20,7 @@ __all__ = [
     "Reason",
     "ResidentLayout",
     "Rows",
+    "TritonSource",
     "Weight",
     "checkpoint_layout",
     "dequantize",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .capability import Capability, Reason
 from .guard import require
@@ -56,8 +56,30 @@ class Weight:
         return self.layout.dequantize(self.spec, self.tensors, dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class TritonSource:
+    """One Triton function as a kernel launches it, so that it can be compiled for a GPU that is not in this machine.
+
+    * ``function``: what ``@triton.jit`` returned
+    * ``signature``: the type of each argument at run time by name, as Triton writes them: ``"*fp16"``, ``"*i32"``,
+      ``"i32"``; ``"*fp16:16"`` says that it is always divisible by 16 (pointers of torch tensors are)
+    * ``constants``: the value of each ``tl.constexpr`` argument by name
+    * ``options``: what the launch is given beside arguments: ``num_warps``, ``num_stages``
+    """
+
+    function: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, object] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
 def _refuses_nothing(spec: LinearSpec) -> Reason | None:
     return None
+
+
+def no_sources(spec: LinearSpec) -> Sequence[TritonSource]:
+    """The default of ``Kernel.sources``: nothing is said of Triton code."""
+    return ()
 
 
 def _always_there(device: Device) -> str | None:
@@ -71,7 +93,8 @@ class Kernel:
     ``apply(weight, x, bias)`` takes x [M, K], contiguous, in ``spec.dtype`` (M >= 1) and returns a new [M, N] in the
     same dtype; it never writes to the weight's tensors. Unless ``adds_bias``, core adds the bias and passes None.
     ``reads`` names the resident layout (``"*"``: whichever the plan has). ``refuses`` is for rules that no Capability
-    field can say, and is asked only after a record has accepted.
+    field can say, and is asked only after a record has accepted. ``sources(spec)`` lists the Triton functions that
+    ``apply`` may launch for this problem at any M; the conformance kit compiles them for every declared GPU.
     """
 
     name: str
@@ -80,12 +103,13 @@ class Kernel:
     apply: Callable[[Weight, torch.Tensor, torch.Tensor | None], torch.Tensor]
     refuses: Callable[[LinearSpec], Reason | None] = field(default=_refuses_nothing)
     adds_bias: bool = False
+    sources: Callable[[LinearSpec], Sequence[TritonSource]] = field(default=no_sources)
 
     def __post_init__(self) -> None:
         _named(self, self.name)
         require(isinstance(self.reads, str), f"Kernel {self.name!r}: reads", "the name of a layout", self.reads)
         _tuple_of(Capability, self, "capabilities")
-        _callable(self, "apply", "refuses")
+        _callable(self, "apply", "refuses", "sources")
         require(isinstance(self.adds_bias, bool), f"Kernel {self.name!r}: adds_bias", "True or False", self.adds_bias)
 
 

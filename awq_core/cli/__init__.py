@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
-from . import backends, demo, explain, generate, inspect, matrix, quantize
+from . import backends, demo, explain, generate, inspect, matrix, new_backend, quantize
 from ._errors import Guarded
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ app.command()(generate.generate)
 app.command()(quantize.quantize)
 app.command()(demo.demo)
 app.command()(matrix.matrix)
+app.command()(new_backend.new_backend)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ GROUPS = (16, 32, 48, 64, 96, 128, 192, 256)
 DTYPES = ("float32", "float16", "bfloat16")
 SWEEP = tuple(range(1, 35))
 FAR_ROWS = (63, 64, 65, 127, 128, 129, 200, 257)
-DEVICES = {"nvidia": ("sm80", "sm90"), "amd": ("gfx942", "gfx1100"), "any": ("generic",)}
+USUAL = {"nvidia": ("sm80", "sm90"), "amd": ("gfx942", "gfx1100")}
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,28 @@ def devices(capability: Capability, local: Device) -> list[Device]:
     fits = fits and (not capability.vendors or local.vendor in capability.vendors)
     if fits and (not capability.archs or local.arch in capability.archs):
         return [local]
-    found: list[Device] = []
-    for vendor in sorted(capability.vendors) or ["any"]:
-        archs = [a for a in sorted(capability.archs) if vendor == "any" or a.startswith("gfx") == (vendor == "amd")]
-        found += [Device(capability.device, vendor, arch) for arch in archs or DEVICES.get(vendor, ("generic",))]
-    return found
+    if capability.device == "cuda":
+        return architectures(capability)
+    vendors, archs = sorted(capability.vendors) or ["any"], sorted(capability.archs) or ["generic"]
+    return [Device(capability.device, vendor, arch) for vendor in vendors for arch in archs]
+
+
+def architectures(record: Capability) -> list[Device]:
+    """The GPUs of a record: those that it names, else two of each vendor that it admits."""
+    if record.device != "cuda":
+        return []
+    vendors = record.vendors or {"nvidia", "amd"}
+    usual = [arch for vendor in ("nvidia", "amd") for arch in USUAL[vendor]]
+    found = [(("amd" if a.startswith("gfx") else "nvidia"), a) for a in sorted(record.archs) or usual]
+    return [Device("cuda", vendor, arch) for vendor, arch in found if vendor in vendors]
 
 
 def declared(backend: Backend, local: Device) -> Iterator[Case]:
     """Cells inside the records: each dtype, layout and group size at the smallest shape, then other shapes and rows."""
     for kernel in backend.kernels:
         for number, record in enumerate(kernel.capabilities):
-            device = devices(record, local)[0]
             rows = record.rows.first
-            specs = list(_specs(record, device))
+            specs = [spec for device in devices(record, local)[:1] for spec in cells(record, device)]
             for spec in specs:
                 yield Case(backend, kernel, number, spec, rows)
             for spec in _one_per_dtype(specs):
@@ -99,7 +107,8 @@ def outside(case: Case) -> Iterator[tuple[str, LinearSpec, int]]:
         yield "zero_point", replace(spec, zero_point=value), case.rows
 
 
-def _specs(record: Capability, device: Device) -> Iterator[LinearSpec]:
+def cells(record: Capability, device: Device) -> Iterator[LinearSpec]:
+    """Each dtype, layout, kind of zero point and group size of a record, at the smallest shape that shows faults."""
     layouts = [name for name in NAMES if not record.layouts or name in record.layouts]
     dtypes = [name for name in DTYPES if not record.dtypes or name in record.dtypes]
     groups = sorted({*(g for g in GROUPS if group_accepted(record, g)), *record.group_sizes})

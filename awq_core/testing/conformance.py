@@ -15,7 +15,10 @@ interpreter on the CPU; else those cases are skipped and said so.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, ClassVar
 
@@ -83,6 +86,25 @@ class BackendConformance:
         """Shapes, bias, gradient, opcheck."""
         _run(checks.check_module, plain)
 
+    def test_compiles_for_every_declared_architecture(self) -> None:
+        """Triton code for GPUs that are not here, and their shared memory."""
+        from . import compile as gpu_compile  # here, so that it can be run as a program
+
+        found = _backend(self.backend)
+        if not gpu_compile.gpu_kernels(found):
+            pytest.skip(f"backend {found.name} declares no GPU")
+        if importlib.util.find_spec("triton") is None:
+            pytest.skip("triton is not installed")
+        if isinstance(self.backend, str):
+            failed = _compiled_apart(self.backend)
+        elif os.environ.get("TRITON_INTERPRET") == "1":
+            pytest.skip("TRITON_INTERPRET=1 compiles nothing: set `backend` to a name, to compile in another process")
+        else:
+            failed = "\n".join(
+                f"{r.kernel} on {r.arch}: {r.error}" for r in gpu_compile.compile_backend(found) if r.error
+            )
+        assert not failed, failed
+
 
 EVERY_CELL = {"numerics": checks.check_numerics}
 TYPICAL_CELLS = {
@@ -108,10 +130,25 @@ def failures(backend: str | Backend, only: str | None = None) -> Iterator[tuple[
                     yield name, case, f"{type(error).__name__}: {error}"
 
 
+def _backend(backend: str | Backend) -> Backend:
+    return registry().backend(backend) if isinstance(backend, str) else backend
+
+
 @functools.cache
 def _cases(backend: str | Backend) -> tuple[Case, ...]:
-    found = registry().backend(backend) if isinstance(backend, str) else backend
-    return tuple(dict.fromkeys(declared(found, _local())))
+    return tuple(dict.fromkeys(declared(_backend(backend), _local())))
+
+
+def _compiled_apart(backend: str) -> str:
+    """Compile in a process without the interpreter: what went wrong, or nothing."""
+    done = subprocess.run(
+        [sys.executable, "-m", "awq_core.testing.compile", backend],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return "" if done.returncode == 0 else done.stdout + done.stderr
 
 
 def _typical(cases: tuple[Case, ...]) -> list[Case]:

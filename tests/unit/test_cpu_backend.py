@@ -220,8 +220,7 @@ def test_bytes_of_int4pack_at_group_64() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ["int4pack", "unpack_matmul"])
 def test_numerics_bfloat16(shape: tuple[int, int, int], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill, "COLUMNS", 1 << 15)  # so that small weights come in several pieces
-    monkeypatch.setattr(prefill, "ROWS", 1 << 12)
+    monkeypatch.setattr(prefill, "PIECE", 1 << 15)  # so that small weights come in several pieces
     spec = spec_of(*shape)
     tensors = INT4PACK.prepare(spec, checkpoint_of(spec))
     before = {n: t.clone() for n, t in tensors.items()}

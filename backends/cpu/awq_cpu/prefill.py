@@ -1,12 +1,15 @@
 """``unpack_matmul``: many rows of activations on the bytes of ``cpu_int4pack``, through a dense bfloat16 matmul.
 
 PyTorch's int4 kernel takes time in proportion to M; a dense bfloat16 matmul is far faster a row but needs a dense
-weight. So the weight is made dense for one call, in a buffer that is used again and again, some columns at a time.
-Each pass is one vectorized PyTorch operation over long rows, and the float32 numbers never leave the cache. The only
-pass that moves short runs (half a block) is a copy of three dimensions, several times as fast as one of four.
+weight. So the weight is made dense for one call, some columns at a time, in buffers that are used again and again.
+Each pass is one vectorized PyTorch operation over long rows. The only one that moves short runs (half a block) is a
+copy of three dimensions, several times as fast as the same one of four; it also widens the codes to float32.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import NamedTuple
 
 import torch
 
@@ -14,11 +17,26 @@ from awq_core.api import Weight
 
 from . import int4pack
 from .packing import Section, block_rows, sections
-from .scratch import scratch
+from .scratch import scratch, views
 
-COLUMNS = 1 << 22  # weights in the dense buffer: 8 MiB
-ROWS = 1 << 18  # weights in the float32 buffer: 1 MiB
+PIECE = 1 << 20  # weights that are made dense at once: 4 MiB in float32, 2 MiB in bfloat16
 HIGH_HALF = -(1 << 16)
+
+
+class Buffers(NamedTuple):
+    """Views of one thread's scratch for pieces of one shape; making them anew costs as much as a pass."""
+
+    low: torch.Tensor  # the codes of the low halves, uint8, shaped as the piece's bytes
+    high: torch.Tensor
+    ordered: torch.Tensor  # all codes, uint8 [K, ...], the other dimensions are the columns in order
+    widened: torch.Tensor  # ``weight``, shaped as ``ordered``
+    scale_words: torch.Tensor  # ``scales`` as int32
+    zero_words: torch.Tensor
+    scales: torch.Tensor  # float32 [G, 1, n]
+    zero_terms: torch.Tensor
+    grouped: torch.Tensor  # ``weight`` as [G, K/G, n]
+    weight: torch.Tensor  # float32 [K, n]
+    dense: torch.Tensor  # bfloat16 [K, n]
 
 
 def apply(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -27,59 +45,68 @@ def apply(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.T
     if block is None:
         return int4pack.apply(weight, x, bias)
     packed, pairs = weight.tensors["packed"], weight.tensors["scale_and_zero"]
-    out_features = packed.shape[0]
-    y = x.new_empty(x.shape[0], out_features)
-    for section in sections(out_features, block):
-        step = max(1, COLUMNS // (x.shape[1] * block)) * block
-        for first in range(section.first, section.last, step):
-            piece = Section(first, min(first + step, section.last), section.run)
-            columns = slice(piece.first, piece.last)
-            torch.mm(x, dense_columns(piece, packed, pairs[:, columns]), out=y[:, columns])
+    pieces = _pieces(packed.shape[0], x.shape[1], block, PIECE)
+    if len(pieces) == 1:
+        return torch.mm(x, dense_columns(pieces[0], packed, pairs))
+    y = x.new_empty(x.shape[0], packed.shape[0])
+    for piece in pieces:
+        columns = slice(piece.first, piece.last)
+        torch.mm(x, dense_columns(piece, packed, pairs[:, columns]), out=y[:, columns])
     return y
 
 
 def dense_columns(piece: Section, packed: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
-    """The weight of the output rows of ``piece``, bfloat16 [K, n], in scratch; ``pairs`` are theirs, [G, n, 2]."""
-    codes = _codes(piece, packed)
-    in_features, n, groups = codes.shape[0], piece.last - piece.first, pairs.shape[0]
-    scales, zero_terms = _spread(pairs)
-    dense = scratch("dense", (in_features, n), torch.bfloat16)
-    size = in_features // groups
-    step = max(1, ROWS // (size * n))
-    for first in range(0, groups, step):
-        last = min(first + step, groups)
-        rows = slice(first * size, last * size)
-        weight = scratch("weight", (last - first, size, n), torch.float32)
-        weight.view(-1, *codes.shape[1:]).copy_(codes[rows])
-        torch.addcmul(zero_terms[first:last], weight, scales[first:last], out=weight)
-        dense[rows].copy_(weight.view(-1, n))
-    return dense
+    """The weight of the output rows of ``piece``, bfloat16 [K, n], in scratch; ``pairs`` are theirs, [G, n, 2].
 
-
-def _codes(piece: Section, packed: torch.Tensor) -> torch.Tensor:
-    """The codes in scratch, uint8, as a view [K, ...] whose other dimensions are the columns in order."""
-    stored = piece.bytes_of(packed)
-    blocks, in_features, run = stored.shape
-    if piece.tail:
-        codes = scratch("codes", (in_features, run, 2), torch.uint8)
-        low, high, ordered = codes[None, ..., 0], codes[None, ..., 1], codes.view(in_features, -1)
-    else:
-        codes = scratch("codes", (blocks, 2, in_features, run), torch.uint8)
-        low, high, ordered = codes[:, 0], codes[:, 1], codes.view(-1, in_features, run).transpose(0, 1)
-    torch.bitwise_and(stored, 15, out=low)
-    torch.bitwise_right_shift(stored, 4, out=high)
-    return ordered
-
-
-def _spread(pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs [G, n, 2] to ``s`` and ``t``, float32 [G, 1, n], of ``w = code * s + t``.
-
-    A bfloat16 is the high half of a float32, and a pair is one 32-bit word: two integer operations spread it.
+    ``w = (code - 8) * scale + zero_term``, in float32, rounded once. A bfloat16 is the high half of a float32, and a
+    pair is one 32-bit word: two integer operations spread it.
     """
+    stored = piece.bytes_of(packed)
     groups, n, _ = pairs.shape
+    shape = (stored.shape[1], n, groups, piece.run)
+    b = views(shape, lambda: _buffers(*shape))
+    torch.bitwise_and(stored, 15, out=b.low)
+    torch.bitwise_right_shift(stored, 4, out=b.high)
+    b.widened.copy_(b.ordered)
     words = pairs.view(torch.int32).view(groups, 1, n)
+    torch.bitwise_left_shift(words, 16, out=b.scale_words)
+    torch.bitwise_and(words, HIGH_HALF, out=b.zero_words)
+    b.zero_terms.sub_(b.scales, alpha=8)
+    torch.addcmul(b.zero_terms, b.grouped, b.scales, out=b.grouped)
+    return b.dense.copy_(b.weight)
+
+
+@functools.lru_cache(maxsize=256)
+def _pieces(out_features: int, in_features: int, block: int, size: int) -> tuple[Section, ...]:
+    """The sections, cut into pieces of about ``size`` weights and of whole blocks."""
+    step = max(1, size // (in_features * block)) * block
+    return tuple(
+        Section(first, min(first + step, section.last), section.run)
+        for section in sections(out_features, block)
+        for first in range(section.first, section.last, step)
+    )
+
+
+def _buffers(in_features: int, n: int, groups: int, run: int) -> Buffers:
+    if run == 1:  # the tail: neighbours share a byte
+        codes = scratch("codes", (1, in_features, n // 2, 2), torch.uint8)
+        low, high, ordered = codes[..., 0], codes[..., 1], codes.view(in_features, n)
+    else:
+        codes = scratch("codes", (n // (2 * run), 2, in_features, run), torch.uint8)
+        low, high, ordered = codes[:, 0], codes[:, 1], codes.view(-1, in_features, run).transpose(0, 1)
+    weight = scratch("weight", (in_features, n), torch.float32)
     scales = scratch("scales", (groups, 1, n), torch.float32)
     zero_terms = scratch("zero_terms", (groups, 1, n), torch.float32)
-    torch.bitwise_left_shift(words, 16, out=scales.view(torch.int32))
-    torch.bitwise_and(words, HIGH_HALF, out=zero_terms.view(torch.int32))
-    return scales, zero_terms.sub_(scales, alpha=8)
+    return Buffers(
+        low,
+        high,
+        ordered,
+        weight.view(ordered.shape),
+        scales.view(torch.int32),
+        zero_terms.view(torch.int32),
+        scales,
+        zero_terms,
+        weight.view(groups, -1, n),
+        weight,
+        scratch("dense", (in_features, n), torch.bfloat16),
+    )

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable, Hashable
+from typing import TypeVar, cast
 
 import torch
+
+T = TypeVar("T")
 
 
 class _Held(threading.local):
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self.views: dict[Hashable, object] = {}
 
 
 _held = _Held()
@@ -23,9 +28,19 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tens
     """
     numel = math.prod(shape)
     buffer = _held.buffers.get((name, dtype))
-    if buffer is None or buffer.numel() < numel:
-        # A tensor made in inference mode could not be written to outside of it later.
+    # A tensor made in inference mode could not be written to outside of it later; that holds for views as well.
+    with torch.inference_mode(False):
+        if buffer is None or buffer.numel() < numel:
+            _held.views.clear()  # they would keep the old buffer alive
+            _held.buffers[name, dtype] = buffer = torch.empty(numel, dtype=dtype)
+        return buffer[:numel].view(shape)
+
+
+def views(key: Hashable, make: Callable[[], T]) -> T:
+    """What ``make`` builds from this thread's buffers, made once for each ``key`` (until a buffer grows)."""
+    found = _held.views.get(key)
+    if found is None:
         with torch.inference_mode(False):
-            buffer = torch.empty(numel, dtype=dtype)
-        _held.buffers[name, dtype] = buffer
-    return buffer[:numel].view(shape)
+            found = make()
+        _held.views[key] = found
+    return cast(T, found)

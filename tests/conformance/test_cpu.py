@@ -1,0 +1,5 @@
+from awq_core.testing import BackendConformance
+
+
+class TestCpu(BackendConformance):
+    backend = "cpu"
