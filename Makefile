@@ -17,7 +17,7 @@ DEV := $(VENV)/.dev-installed
 INPUTS := pyproject.toml constraints.txt awq_core/_version.py
 NEEDED := (3, 11)
 # Writes docs/matrix.md.
-DOCS_COMMAND := $(BIN)/awq matrix
+DOCS_COMMAND := $(BIN)/awq matrix && $(BIN)/python tests/matrix/regenerate.py
 
 define make-venv
 $(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= $(NEEDED) else "$(PYTHON) is Python %d.%d; 3.11 or newer is needed: make PYTHON=python3.11" % sys.version_info[:2])' \

@@ -81,7 +81,7 @@ def compile_backend(backend: Backend) -> Iterator[Compiled]:
                     key = _key(device, source)
                     if key not in seen:
                         seen.add(key)
-                        yield _compile(name, device, source)
+                        yield compile_one(name, device, source)
 
 
 NOTHING_SAID = (
@@ -96,7 +96,8 @@ def _key(device: Device, source: TritonSource) -> str:
     return repr((device.arch, id(source.function), *parts))
 
 
-def _compile(kernel: str, device: Device, source: TritonSource) -> Compiled:
+def compile_one(kernel: str, device: Device, source: TritonSource) -> Compiled:
+    """Compile one source for one GPU and hold it against that GPU's shared memory."""
     function = getattr(source.function, "__name__", repr(source.function))
     problem = " ".join(f"{name}={value}" for name, value in source.constants.items())
     types = {kind.removesuffix(":16").lstrip("*") for kind in source.signature.values()} - {"i32", "i64", "constexpr"}

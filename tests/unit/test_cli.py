@@ -23,7 +23,7 @@ from awq_core.cli import _small_model, app, matrix
 from awq_core.plugins import LoadFailure, Registry, Source
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("inspect", "explain", "backends", "generate", "quantize", "demo", "matrix")
+COMMANDS = ("inspect", "explain", "backends", "generate", "quantize", "demo", "matrix", "new-backend")
 
 
 def awq(*args: object) -> Result:

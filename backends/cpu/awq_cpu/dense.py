@@ -15,12 +15,33 @@ import torch
 from awq_core.api import LinearSpec, Weight, checkpoint_layout
 from awq_core.api import dequantize as dense_of
 
+from .scratch import scratch
+
 DENSE = "dense"
+
+
+FEW_ROWS = 8  # up to here PyTorch's float16 matmul is the faster one
+PIECE = 1 << 18  # weights that are widened at once: 1 MiB
 
 
 def apply(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``F.linear``: x [M, K] to [M, N], bias [N] or None."""
-    return torch.nn.functional.linear(x, weight.tensors[DENSE], bias)
+    dense = weight.tensors[DENSE]
+    if x.dtype == torch.float16 and x.shape[0] > FEW_ROWS:
+        return _widened(dense, x, bias)
+    return torch.nn.functional.linear(x, dense, bias)
+
+
+def _widened(dense: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The same in float32, a piece of the weight at a time: many rows in float16 are several times slower."""
+    out_features, in_features = dense.shape
+    wide, y = x.float(), x.new_empty(x.shape[0], out_features)
+    step = max(1, PIECE // in_features)
+    for first in range(0, out_features, step):
+        piece = dense[first : first + step]
+        weight = scratch("widened", tuple(piece.shape), torch.float32).copy_(piece)
+        y[:, first : first + step] = torch.nn.functional.linear(wide, weight)
+    return y if bias is None else y.add_(bias)
 
 
 def prepare(spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from .sizes import dense_bytes, int4pack_bytes
 PLUGIN_API = 1
 
 LAYOUTS = frozenset({"gemm", "gemv", "gemv_fast", "llm_awq", "marlin"})
-FEW_ROWS = 96  # the most rows for which PyTorch's int4 kernel is the faster one
+FEW_ROWS = 80  # the most rows for which PyTorch's int4 kernel is the faster one
 
 
 def _lazy(module: str, name: str) -> Callable[..., Any]:

@@ -1,0 +1,1 @@
+"""GEMM backend of awq-core: Triton, tensor cores, one resident layout for every number of rows."""
