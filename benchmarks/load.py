@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22, help="22 gives 1.1B parameters")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--inner", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -194,7 +195,7 @@ def main() -> None:
         )
         for cold in (False, True):
             reading = None
-            for what in ("read", "bfloat16", "float16", "float32"):
+            for what in ("read", *args.dtypes):
                 runs = sorted((measure(folder, what, cold) for _ in range(args.repeat)), key=lambda r: r["seconds"])
                 run = runs[len(runs) // 2]
                 reading = reading or run["seconds"]
