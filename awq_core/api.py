@@ -5,6 +5,7 @@ from .hookspecs import PLUGIN_API, hookimpl
 from .kernel import ANY_LAYOUT, Backend, Kernel, ResidentLayout, TritonSource, Weight
 from .layouts import checkpoint_layout
 from .layouts.base import Codes, Layout, dequantize
+from .lazy import lazy
 from .spec import Device, LinearSpec, Rows
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "checkpoint_layout",
     "dequantize",
     "hookimpl",
+    "lazy",
 ]

@@ -21,12 +21,13 @@ ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 FACE = ""  # awq_core/__init__.py, and names imported from it
-WORDS = {"_version", "errors", "guard", "notice", "spec"}  # every room may use these
+WORDS = {"_version", "errors", "guard", "lazy", "notice", "spec"}  # every room may use these
 BINDING = {"dispatch", "explain", "kernel", "layouts", "plugins", "request", "resident", "selection"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "_version": set(),
     "errors": set(),
+    "lazy": set(),
     "notice": set(),
     "guard": set(),
     "spec": {"errors", "guard"},

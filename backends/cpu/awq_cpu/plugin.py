@@ -6,12 +6,9 @@ matmul for many; each still serves the other's rows, with a lower priority, for 
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Callable, Iterable
-from typing import Any
 
-from awq_core.api import Backend, Capability, Kernel, ResidentLayout, Rows, hookimpl
+from awq_core.api import Backend, Capability, Kernel, ResidentLayout, Rows, hookimpl, lazy
 
 from .sizes import dense_bytes, int4pack_bytes
 
@@ -21,22 +18,8 @@ LAYOUTS = frozenset({"gemm", "gemv", "gemv_fast", "llm_awq", "marlin"})
 FEW_ROWS = 80  # the most rows for which PyTorch's int4 kernel is the faster one
 
 
-def _lazy(module: str, name: str) -> Callable[..., Any]:
-    """The function ``name`` of this package's ``module``, imported when it is first called."""
-
-    @functools.cache
-    def load() -> Callable[..., Any]:
-        function: Callable[..., Any] = getattr(importlib.import_module(f".{module}", __package__), name)
-        return function
-
-    def call(*args: Any) -> Any:
-        return load()(*args)
-
-    return call
-
-
 def _layout(name: str, module: str, nbytes: Callable[..., int], note: str) -> ResidentLayout:
-    prepare, restore, dequantize = (_lazy(module, f) for f in ("prepare", "restore", "dequantize"))
+    prepare, restore, dequantize = (lazy(f"awq_cpu.{module}:{f}") for f in ("prepare", "restore", "dequantize"))
     return ResidentLayout(name, prepare, restore, dequantize, nbytes, note)
 
 
@@ -75,13 +58,13 @@ BACKEND = Backend(
             name="int4pack",
             reads=INT4PACK.name,
             capabilities=(_int4(FEW, 220), _int4(MANY, 205)),
-            apply=_lazy("int4pack", "apply"),
+            apply=lazy("awq_cpu.int4pack:apply"),
         ),
         Kernel(
             name="unpack_matmul",
             reads=INT4PACK.name,
             capabilities=(_int4(MANY, 220), _int4(FEW, 205)),
-            apply=_lazy("prefill", "apply"),
+            apply=lazy("awq_cpu.prefill:apply"),
         ),
         Kernel(
             name="dense",
@@ -95,7 +78,7 @@ BACKEND = Backend(
                     tested=frozenset({"avx512"}),
                 ),
             ),
-            apply=_lazy("dense", "apply"),
+            apply=lazy("awq_cpu.dense:apply"),
             adds_bias=True,
         ),
     ),

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-from awq_core.api import Backend, Capability, Device, Kernel, LinearSpec, ResidentLayout, Rows, TritonSource, hookimpl
+from awq_core.api import (
+    Backend,
+    Capability,
+    Device,
+    Kernel,
+    LinearSpec,
+    ResidentLayout,
+    Rows,
+    TritonSource,
+    hookimpl,
+    lazy,
+)
 
 PLUGIN_API = 1
 
 LAYOUTS = frozenset({"gemm", "gemv", "marlin"})  # those with integer zero points
 NVIDIA = frozenset({"sm80", "sm86", "sm89", "sm90", "sm100", "sm120"})
 MOST_TILED = 256  # rows up to which unpacking in the tiles beats a dense weight made for the call (H100)
-
-
-def _lazy(module: str, name: str) -> Callable[..., Any]:
-    """The function ``name`` of this package's ``module``, imported when it is first called."""
-
-    @functools.cache
-    def load() -> Callable[..., Any]:
-        function: Callable[..., Any] = getattr(importlib.import_module(f".{module}", __package__), name)
-        return function
-
-    def call(*args: Any) -> Any:
-        return load()(*args)
-
-    return call
 
 
 def _nbytes(spec: LinearSpec) -> int:
@@ -46,9 +40,9 @@ def _probe(device: Device) -> str | None:
 
 PLANES = ResidentLayout(
     "awq_planes",
-    _lazy("layout", "prepare"),
-    _lazy("layout", "restore"),
-    _lazy("layout", "dequantize"),
+    lazy("awq_gemm.layout:prepare"),
+    lazy("awq_gemm.layout:restore"),
+    lazy("awq_gemm.layout:dequantize"),
     _nbytes,
     "repacked for the GPU kernels, decoding and prefill share it",
 )
@@ -117,14 +111,14 @@ BACKEND = Backend(
             name="tiles",
             reads=PLANES.name,
             capabilities=(_record(Rows(1, MOST_TILED), 220), _record(Rows(MOST_TILED + 1), 205)),
-            apply=_lazy("launch", "matmul"),
+            apply=lazy("awq_gemm.launch:matmul"),
             sources=_matmul_sources,
         ),
         Kernel(
             name="dequantize",
             reads=PLANES.name,
             capabilities=(_record(Rows(MOST_TILED + 1), 220), _record(Rows(1, MOST_TILED), 200)),
-            apply=_lazy("launch", "dequantize_matmul"),
+            apply=lazy("awq_gemm.launch:dequantize_matmul"),
             sources=_dequantize_sources,
         ),
     ),

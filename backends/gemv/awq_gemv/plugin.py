@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-from awq_core.api import Backend, Capability, Device, Kernel, LinearSpec, Rows, TritonSource, hookimpl
+from awq_core.api import Backend, Capability, Device, Kernel, LinearSpec, Rows, TritonSource, hookimpl, lazy
 
 PLUGIN_API = 1
 
 LAYOUTS = frozenset({"gemm", "gemv", "marlin"})  # those with integer zero points
 NVIDIA = frozenset({"sm80", "sm86", "sm89", "sm90", "sm100", "sm120"})
-
-
-def _lazy(module: str, name: str) -> Callable[..., Any]:
-    """The function ``name`` of this package's ``module``, imported when it is first called."""
-
-    @functools.cache
-    def load() -> Callable[..., Any]:
-        function: Callable[..., Any] = getattr(importlib.import_module(f".{module}", __package__), name)
-        return function
-
-    def call(*args: Any) -> Any:
-        return load()(*args)
-
-    return call
 
 
 def _probe(device: Device) -> str | None:
@@ -71,7 +54,7 @@ BACKEND = Backend(
             name="row",
             reads="awq_planes",  # offered by the GEMM backend, so that decoding and prefill share one copy
             capabilities=(_record(Rows(1, 1), 230), _record(Rows(2, 8), 150)),
-            apply=_lazy("launch", "gemv"),
+            apply=lazy("awq_gemv.launch:gemv"),
             sources=_sources,
         ),
     ),
