@@ -6,6 +6,8 @@ by one failing test.
 
 from __future__ import annotations
 
+from typing import Any
+
 import transformers
 from packaging.version import Version
 from transformers import modeling_utils
@@ -31,11 +33,21 @@ __all__ = [
     "QuantizationMethod",
     "WeightConverter",
     "WeightRenaming",
+    "converter_like",
     "get_model_conversion_mapping",
     "missing_names",
     "modeling_utils",
     "rename_source_key",
 ]
+
+
+def converter_like(converter: Any, sources: list[str], target: str, operations: list[Any]) -> Any:
+    """A converter of the same scope with other patterns (``WeightConverter.copy`` is not in transformers 5.17)."""
+    made = WeightConverter(sources, [target], operations)
+    for name in ("scope_prefix", "base_model_prefix", "force_cpu"):
+        if hasattr(converter, name):
+            setattr(made, name, getattr(converter, name))
+    return made
 
 
 def missing_names() -> list[str]:

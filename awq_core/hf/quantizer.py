@@ -21,7 +21,7 @@ from ..packed import PackedModule
 from ..request import Request, current_request
 from . import _compat
 from .scaled_activation import ScaledActivation
-from .skeleton import build
+from .skeleton import build, expected_shapes
 
 
 class AwqCoreQuantizer(_compat.HfQuantizer):  # type: ignore[misc]
@@ -38,6 +38,7 @@ class AwqCoreQuantizer(_compat.HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self.dtype_named = True
         self._device_map: Any = None
+        self._experts: dict[str, str] = {}  # layout of each stacked weight
         self._compile_safe = True
 
     @property
@@ -79,27 +80,28 @@ class AwqCoreQuantizer(_compat.HfQuantizer):  # type: ignore[misc]
             )
         config = self.quantization_config.checkpoint
         headers = read_headers([Path(file) for file in checkpoint_files])
-        modules = quantized_modules(headers, config.group_size)
+        modules = quantized_modules(headers, config.group_size, expected_shapes(model, headers))
         for found in modules.values():
             note = reconcile_version(config.version, config.backend, found.layout)
             for text in (note, *found.notes):
                 if text:
                     tell(text)
         build(model, modules, headers, config.zero_point, dtype or model.config.dtype)
+        self._experts = {
+            f"{path}.{part}": weight.spec.layout
+            for path, module in model.named_modules()
+            if isinstance(module, AwqExperts)
+            for part, weight in module.packed.items()
+        }
 
     def update_parallel_plan(self, model: Any, plan: Any) -> None:
         """Tensor parallelism would cut words in two."""
         if getattr(model.config, "distributed_config", None) is not None:
             raise ConfigError("tensor parallel loading is not supported by awq-core yet: load without tp_plan")
 
-    def update_weight_conversions(self, conversions: list[Any], model: Any) -> list[Any]:
+    def update_weight_conversions(self, conversions: list[Any], model: Any = None) -> list[Any]:
         """Let the converters that join expert weights join their quantized tensors too, on the axis of N."""
-        layouts = {
-            f"{path}.{part}": w.spec.layout
-            for path, module in model.named_modules()
-            if isinstance(module, AwqExperts)
-            for part, w in module.packed.items()
-        }
+        layouts = self._experts  # known before; transformers 5.17 does not pass the model
         added: list[Any] = []
         for converter in conversions:
             if not isinstance(converter, _compat.WeightConverter) or len(converter.target_patterns) != 1:
@@ -115,7 +117,7 @@ class AwqCoreQuantizer(_compat.HfQuantizer):  # type: ignore[misc]
                     for op in converter.operations
                 ]
                 renamed = [source.removesuffix("weight") + suffix for source in sources]
-                added.append(converter.copy(renamed, [f"{target}_{suffix}"], operations=operations))
+                added.append(_compat.converter_like(converter, renamed, f"{target}_{suffix}", operations))
         return [*added, *conversions]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
