@@ -38,6 +38,7 @@ class AwqCoreQuantizer(_compat.HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self.dtype_named = True
         self._device_map: Any = None
+        self._dtype: torch.dtype | None = None
         self._experts: dict[str, str] = {}  # layout of each stacked weight
         self._compile_safe = True
 
@@ -87,6 +88,7 @@ class AwqCoreQuantizer(_compat.HfQuantizer):  # type: ignore[misc]
                 if text:
                     tell(text)
         build(model, modules, headers, config.zero_point, dtype or model.config.dtype)
+        self._dtype = dtype or model.config.dtype
         self._experts = {
             f"{path}.{part}": weight.spec.layout
             for path, module in model.named_modules()
@@ -122,11 +124,14 @@ class AwqCoreQuantizer(_compat.HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         request = current_request(self.options.request)
+        dtype = self._dtype or model.dtype
         for name, module in model.named_modules():
             if isinstance(module, PackedModule | ScaledActivation):
                 _check_loaded(name, module)
+            else:
+                _cast_dense(module, dtype)
             if isinstance(module, PackedModule):
-                _bind(module, model.dtype, request)
+                _bind(module, dtype, request)
                 self._compile_safe &= all(plan.compile_safe for plan in module.plans.values())
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -155,6 +160,16 @@ class AwqCoreQuantizer(_compat.HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """Whether every bound kernel may run in a compiled graph; all are called by one op with a fake."""
         return self._compile_safe
+
+
+def _cast_dense(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give the module's own dense tensors the model's dtype: transformers 5.17 leaves those that it renamed as stored.
+
+    float32 tensors stay: a model may keep some so on purpose.
+    """
+    for tensor in module.parameters(recurse=False):
+        if tensor.is_floating_point() and tensor.dtype not in (dtype, torch.float32) and tensor.device.type != "meta":
+            tensor.data = tensor.data.to(dtype)
 
 
 def _goes_to_cpu(device_map: Any) -> bool:

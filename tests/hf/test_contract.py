@@ -156,7 +156,6 @@ def test_a_quantizer_is_told_whether_the_model_is_quantized(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        ("update_weight_conversions", ["self", "weight_conversions", "model"]),
         ("_dequantize", ["self", "model", "dtype"]),
         ("update_dtype", ["self", "dtype"]),
         ("_process_model_after_weight_loading", ["self", "model", "kwargs"]),
@@ -176,13 +175,18 @@ def converter() -> _compat.WeightConverter:
     )
 
 
-def test_a_weight_converter_shows_its_patterns_and_can_be_copied():
+def test_update_weight_conversions_takes_the_conversions_and_perhaps_the_model():
+    found = parameters(_compat.HfQuantizer.update_weight_conversions)
+    assert found in (["self", "weight_conversions"], ["self", "weight_conversions", "model"])
+
+
+def test_a_weight_converter_shows_its_patterns_and_another_like_it_can_be_made():
     found = converter()
     assert found._original_source_patterns == ["experts.*.w1.weight", "experts.*.w3.weight"]
     assert found._original_target_patterns == ["experts.gate_up_proj"]
     assert found.target_patterns == ["experts.gate_up_proj"]
     assert [type(operation).__name__ for operation in found.operations] == ["MergeModulelist", "Concatenate"]
-    twin = found.copy(["experts.*.w1.qweight"], ["experts.gate_up_proj_qweight"], operations=found.operations[:1])
+    twin = _compat.converter_like(found, ["a.*.w1.qweight"], "experts.gate_up_proj_qweight", found.operations[:1])
     assert type(twin) is _compat.WeightConverter
     assert twin._original_target_patterns == ["experts.gate_up_proj_qweight"]
     assert twin.scope_prefix == found.scope_prefix
