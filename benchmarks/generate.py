@@ -6,8 +6,10 @@ The variants take turns, round by round, so that a change of the machine's speed
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,7 +21,11 @@ from transformers import AutoModelForCausalLM
 
 import awq_core
 from awq_core.explain import plan_line
+from awq_core.hf.quantize import quantize
 from awq_core.linear import AwqLinear
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+DEMO = CACHE / "awq-core" / "demo" / "SmolLM2-135M-Instruct"
 
 
 def quantized_bytes(model: torch.nn.Module) -> int:
@@ -53,13 +59,18 @@ def decode(model: torch.nn.Module, ids: torch.Tensor, tokens: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("dense", type=Path, help="folder of the dense model")
-    parser.add_argument("awq", type=Path, help="folder of its AWQ checkpoint")
+    parser.add_argument("dense", type=Path, nargs="?", default=DEMO, help="folder of the dense model")
+    parser.add_argument("awq", type=Path, nargs="?", help="folder of its AWQ checkpoint (default: made, g=64)")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32", "float16"])
     parser.add_argument("--prefill", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--decode", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    if not args.dense.is_dir():
+        raise SystemExit(f"{args.dense} is not there: run `awq demo` first, which makes it")
+    made = tempfile.TemporaryDirectory()
+    if args.awq is None:
+        args.awq = quantize(args.dense, Path(made.name) / "awq", group_size=64).out
     awq_core.enable()
     console = Console(width=160)
     console.print(

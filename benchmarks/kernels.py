@@ -70,6 +70,9 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no GPU here: nothing was measured")
+        return
     dtype = getattr(torch, args.dtype)
     device = torch.device("cuda")
     console = Console(width=150)
