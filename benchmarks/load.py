@@ -141,14 +141,13 @@ def load_model(folder: Path, dtype: str) -> dict[str, float]:
     return peak.report() | {"first_forward_seconds": time.perf_counter() - began}
 
 
-def drop_cache(file: Path) -> bool:
+def drop_cache(file: Path) -> None:
     """Ask the kernel to forget the file's pages, so that the next read comes from the disk."""
     import os
 
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return True
 
 
 def measure(folder: Path, what: str, cold: bool) -> dict[str, float]:
