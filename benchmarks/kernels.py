@@ -1,4 +1,4 @@
-"""GPU kernels by shape and M: ours (as the dispatcher plans them) beside the library's fp16 matmul and tinygemm.
+"""GPU kernels by shape and M: ours (as the dispatcher plans them) beside fp16 `torch.matmul`, tinygemm and humming.
 
 Shapes are the linears of Llama-3-8B / Mistral-7B, q+k+v and gate+up joined. Weights rotate over enough copies that the
 L2 does not help; at least 24 calls are captured in one CUDA graph, whose replays are timed (median). Every result is
@@ -8,6 +8,7 @@ checked against float64 on the dequantized weight, on poisoned output memory.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 from collections.abc import Callable
@@ -63,6 +64,29 @@ def error(y: torch.Tensor, exact: torch.Tensor) -> float:
     return float((y.double() - exact).norm() / exact.norm())
 
 
+def humming_layer(
+    stored: dict[str, torch.Tensor], k: int, n: int, group_size: int, dtype: torch.dtype
+) -> object | None:
+    """The peer humming-kernels with this weight, where it is installed."""
+    try:
+        from humming.layer import HummingLayer
+    except ImportError:
+        return None
+    config = {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True}
+    layer = HummingLayer(shape_n=n, shape_k=k, weight_config=config, torch_dtype=dtype).cuda()
+    layer.load_from_tensors({"qweight": stored["qweight"], "qzeros": stored["qzeros"], "scales": stored["scales"]})
+    layer.transform()
+    return layer
+
+
+def humming_call(layer: object, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """One call, with the configuration that humming's heuristics name for exactly this M."""
+    from humming.tune import get_heuristics_config
+
+    config = get_heuristics_config(layer.humming_config, shape_m=x.shape[0])
+    return lambda: layer(x, tuning_config=config)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048])
@@ -93,7 +117,9 @@ def main() -> None:
         ours = [first] + [{key: t.clone() for key, t in first.items()} for _ in range(copies_of(k * n / 2))]
         dense = [exact_weight.to(dtype).T.contiguous() for _ in range(copies_of(k * n * 2))]
         rows_table = Table(f"{shape} {k}->{n}", *map(str, args.rows))
-        times: dict[str, dict[int, float]] = {"awq-core": {}, "dense": {}, "tinygemm bf16": {}}
+        times: dict[str, dict[int, float]] = {"awq-core": {}, "dense": {}, "tinygemm bf16": {}, "humming": {}}
+        layer = humming_layer(stored, k, n, args.group_size, dtype)
+        layers = [layer, *(copy.deepcopy(layer) for _ in ours[1:])] if layer is not None else []
         tiny_weight = tiny_scale = None
         if args.group_size in (32, 64, 128, 256):
             q = codes.codes.T.contiguous().to(device)
@@ -113,6 +139,13 @@ def main() -> None:
             worst = max(worst, error(apply_plan(plan, first, x, None), exact))
             times["awq-core"][m] = graph_us([lambda t=t, x=x, plan=plan: apply_plan(plan, t, x, None) for t in ours])
             times["dense"][m] = graph_us([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense])
+            if layers:
+                try:
+                    peer_error = error(humming_call(layers[0], x)(), exact)
+                    assert peer_error < 5e-2, f"humming is wrong: {peer_error}"
+                    times["humming"][m] = graph_us([humming_call(other, x) for other in layers])
+                except Exception as failure:
+                    console.print(f"humming at M={m}: {failure!r}"[:300])
             if tiny_weight is not None and m <= 64:
                 xb = x.bfloat16()
                 times["tinygemm bf16"][m] = graph_us(
@@ -126,10 +159,10 @@ def main() -> None:
         console.print(rows_table)
         console.print(f"{plan_line(plan)}; worst relative error {worst:.1e}")
         results[shape] = times
-        del ours, dense, tiny_weight
+        del ours, dense, tiny_weight, layers
         torch.cuda.empty_cache()
     total = Table("sum of a layer", *map(str, args.rows))
-    for peer in ("awq-core", "dense", "tinygemm bf16"):
+    for peer in ("awq-core", "dense", "tinygemm bf16", "humming"):
         sums = [sum(results[s][peer].get(m, float("nan")) for s in SHAPES) for m in args.rows]
         total.add_row(peer, *(f"{value:.1f}" if value == value else "" for value in sums))
     console.print(total)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 from awq_core.api import (
@@ -17,17 +16,13 @@ from awq_core.api import (
     hookimpl,
     lazy,
 )
+from awq_core.fragments import chunk
 
 PLUGIN_API = 1
 
 LAYOUTS = frozenset({"gemm", "gemv", "marlin"})  # those with integer zero points
 NVIDIA = frozenset({"sm80", "sm86", "sm89", "sm90", "sm100", "sm120"})
-MOST_TILED = 256  # rows up to which unpacking in the tiles beats a dense weight made for the call (H100)
-
-
-def _nbytes(spec: LinearSpec) -> int:
-    words = math.ceil(spec.in_features / 128) * 16 * spec.out_features
-    return (4 * words + 3 * spec.groups * spec.out_features) * max(1, spec.experts)
+MOST_TILED = 384  # rows up to which unpacking in the tiles beats a dense weight made for the call (H200)
 
 
 def _probe(device: Device) -> str | None:
@@ -38,13 +33,13 @@ def _probe(device: Device) -> str | None:
     return None
 
 
-PLANES = ResidentLayout(
-    "awq_planes",
-    lazy("awq_gemm.layout:prepare"),
-    lazy("awq_gemm.layout:restore"),
-    lazy("awq_gemm.layout:dequantize"),
-    _nbytes,
-    "repacked for the GPU kernels, decoding and prefill share it",
+FRAGMENTS = ResidentLayout(
+    "awq_fragments",
+    lazy("awq_core.fragments.layout:prepare"),
+    lazy("awq_core.fragments.layout:restore"),
+    lazy("awq_gemm.launch:dequantize"),
+    lazy("awq_core.fragments.layout:nbytes"),
+    "in the order of the tensor cores; decoding and prefill share it",
 )
 
 
@@ -64,59 +59,67 @@ def _record(rows: Rows, priority: int) -> Capability:
 
 
 def _signature(dtype: str) -> dict[str, str]:
-    x = {"float16": "*fp16:16", "bfloat16": "*bf16:16"}[dtype]
-    return {"x_ptr": x, "planes_ptr": "*i32:16", "scales_ptr": "*fp16:16", "zeros_ptr": "*u8:16", "y_ptr": x}
+    kind = {"float16": "*fp16:16", "bfloat16": "*bf16:16"}[dtype]
+    weight = {"words_ptr": "*i32:16", "scales_ptr": "*fp16:16", "zeros_ptr": "*i32:16"}
+    return weight | {"out": kind, "K": "i32", "N": "i32", "G": "i32"}
 
 
 def _matmul_sources(spec: LinearSpec) -> Sequence[TritonSource]:
     from . import kernels
-    from .tiles import LARGEST, TILES
+    from .tiles import tiles
 
-    more = {"parts_ptr": "*fp32:16", "counters_ptr": "*i32:16", "K": "i32", "N": "i32", "M": "i32", "G": "i32"}
+    signature = _signature(spec.dtype)
+    kind = signature.pop("out")
+    signature |= {"x_ptr": kind, "y_ptr": kind, "parts_ptr": "*fp32:16", "counters_ptr": "*i32:16", "M": "i32"}
     return [
         TritonSource(
             kernels.matmul,
-            _signature(spec.dtype) | more,
+            signature,
             {
                 "GP": spec.group_size // 16,
-                "MT": tile.m,
+                "CH": chunk(spec.group_size),
                 "NT": tile.n,
-                "SPLIT": 4,
+                "MT": tile.m,
+                "SPLIT": 1 if tile.fill == 1 else 4,
                 "STAGES": tile.stages,
-                "SCALE_LATE": tile.scale_late,
-                "EVEN": True,
-                "PTX": spec.device.vendor == "nvidia",
+                "EVEN": spec.in_features % 128 == 0,
+                "FULL": spec.out_features % tile.n == 0,
+                "JOIN": spec.device.arch == "sm90",
+                "PTX": True,
                 "WIDE": False,
             },
             {"num_warps": tile.warps},
         )
-        for tile in (*(tile for _, tile in TILES), LARGEST)
+        for tile in sorted(
+            tiles(spec.device.arch == "sm90" and spec.group_size % 128 == 0),
+            key=lambda tile: (tile.m, tile.n, tile.fill),
+        )
     ]
 
 
 def _dequantize_sources(spec: LinearSpec) -> Sequence[TritonSource]:
     from . import kernels
 
-    signature = {k: v for k, v in _signature(spec.dtype).items() if k not in ("x_ptr", "y_ptr")}
-    signature |= {"out_ptr": _signature(spec.dtype)["y_ptr"], "K": "i32", "N": "i32", "G": "i32"}
-    constants = {"GP": spec.group_size // 16, "NT": 128, "PTX": spec.device.vendor == "nvidia"}
+    signature = _signature(spec.dtype)
+    signature["out_ptr"] = signature.pop("out")
+    constants = {"GP": spec.group_size // 16, "CH": chunk(spec.group_size), "NT": 64, "PTX": True}
     return [TritonSource(kernels.dequantize, signature, constants, {"num_warps": 4})]
 
 
 BACKEND = Backend(
     name="gemm",
-    layouts=(PLANES,),
+    layouts=(FRAGMENTS,),
     kernels=(
         Kernel(
             name="tiles",
-            reads=PLANES.name,
+            reads=FRAGMENTS.name,
             capabilities=(_record(Rows(1, MOST_TILED), 220), _record(Rows(MOST_TILED + 1), 205)),
             apply=lazy("awq_gemm.launch:matmul"),
             sources=_matmul_sources,
         ),
         Kernel(
             name="dequantize",
-            reads=PLANES.name,
+            reads=FRAGMENTS.name,
             capabilities=(_record(Rows(MOST_TILED + 1), 220), _record(Rows(1, MOST_TILED), 200)),
             apply=lazy("awq_gemm.launch:dequantize_matmul"),
             sources=_dequantize_sources,

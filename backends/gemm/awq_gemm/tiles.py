@@ -1,8 +1,10 @@
-"""Tile sizes by number of rows, as measured on an H100 (README.md); a guess elsewhere."""
+"""Tile sizes by shape, as measured on an H200 (README.md); a guess elsewhere."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+WIDE, DEEP = 16384, 8192  # columns, and k, from which the first and the last rule hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,23 +13,29 @@ class Tile:
 
     m: int
     n: int
-    warps: int
-    stages: int
-    scale_late: bool
     fill: int
+    warps: int = 4
+    stages: int = 3
 
 
-TILES = (
-    (16, Tile(16, 64, 4, 3, True, 384)),
-    (32, Tile(32, 128, 8, 3, False, 192)),
-    (64, Tile(64, 128, 8, 3, False, 128)),
-)
-LARGEST = Tile(128, 128, 8, 3, False, 128)
+def tile_for(rows: int, in_features: int, out_features: int, roomy: bool) -> Tile:
+    """The tile for M rows of this linear; ``roomy``: registers hold large tiles of sums (whole groups, on sm90)."""
+    wide, deep = out_features >= WIDE, in_features >= DEEP
+    if rows == 1:
+        return Tile(8, 128, 256)
+    if rows <= 16:
+        return Tile(16, 128, 256) if wide and rows <= 8 else Tile(16, 64, 384)
+    if rows <= 32:
+        return Tile(32, 128, 1) if wide else Tile(32, 64, 512 if deep else 256)
+    if rows <= 64:
+        return Tile(64, 128, 1, warps=8) if wide and roomy else Tile(64, 64, 256)
+    return Tile(64, 128, 256, warps=8) if (wide or deep) and roomy else Tile(64, 64, 256)
 
 
-def tile_for(rows: int) -> Tile:
-    """The tile for M rows."""
-    return next((tile for most, tile in TILES if rows <= most), LARGEST)
+def tiles(roomy: bool) -> set[Tile]:
+    """Every tile that ``tile_for`` may name."""
+    rows, k, n = (1, 8, 16, 32, 64, 128), (DEEP, DEEP - 1), (WIDE, WIDE - 1)
+    return {tile_for(m, i, o, roomy) for m in rows for i in k for o in n}
 
 
 def split_for(tile: Tile, rows: int, in_features: int, out_features: int) -> int:

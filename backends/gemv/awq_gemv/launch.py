@@ -1,66 +1,77 @@
-"""Launching the kernel: grid, scratch and the choice between PTX and portable unpacking."""
+"""Launching the kernel: tiles, grid and scratch."""
 
 from __future__ import annotations
-
-import os
 
 import torch
 import triton
 
 from awq_core.api import Weight
+from awq_core.fragments import chunk
+from awq_core.fragments.launch import COUNTERS, counters, interpreted, joins, ptx
 
 from . import kernels
-from .tiles import BLOCKS, COLUMNS, WARPS, split_for
-
-COUNTERS = 1 << 14
-CAPTURE = -1
-
-_counters: dict[tuple[str, int | None, int], torch.Tensor] = {}
+from .tiles import REGISTERS, STAGES, WARPS, split_for, tile_for
 
 
-def counters(device: torch.device) -> torch.Tensor:
-    """Zeros in which the parts of a tile count themselves; the kernel leaves them at zero.
-
-    One buffer a stream, since kernels of one stream follow each other, and one for graph captures, which must not
-    allocate it themselves. So two graphs must not be replayed at the same time on two streams.
-    """
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    stream = CAPTURE if capturing or device.type != "cuda" else torch.cuda.current_stream(device).cuda_stream
-    found = _counters.get((device.type, device.index, stream))
-    if found is None:
-        found = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-        if not capturing:
-            _counters[device.type, device.index, stream] = found
-            shared = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-            _counters.setdefault((device.type, device.index, CAPTURE), shared)
-    return found
+def registers() -> dict[str, int]:
+    """The launch option that caps the registers of a thread; AMD's compiler and the interpreter have none."""
+    return {"maxnreg": REGISTERS} if ptx() else {}
 
 
-def gemv(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [M, K] to [M, N], each row by itself, in float32; core adds the bias."""
+def few(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [M, K], M at most 16, to [M, N]; float32 accumulation; core adds the bias."""
+    return _launch(weight, x, weight.spec.out_features)
+
+
+def silu_mul(weight: Weight, x: torch.Tensor) -> torch.Tensor:
+    """For gate and up joined on N: x [M, K] to ``silu(x gate) * (x up)`` [M, N/2]; N/2 a multiple of 16."""
+    return _launch(weight, x, weight.spec.out_features // 2, silu=True)
+
+
+def add(weight: Weight, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """x [M, K] to ``x w + other`` [M, N], where ``other`` [M, N] is contiguous and in the same dtype."""
+    return _launch(weight, x, weight.spec.out_features, other=other)
+
+
+def _launch(
+    weight: Weight, x: torch.Tensor, width: int, silu: bool = False, other: torch.Tensor | None = None
+) -> torch.Tensor:
     spec, t = weight.spec, weight.tensors
     rows, k, n = x.shape[0], spec.in_features, spec.out_features
-    tiles = triton.cdiv(n, COLUMNS)
-    split = split_for(k, n) if tiles * rows <= COUNTERS else 1
-    y = x.new_empty(rows, n)
-    parts = torch.empty(rows, split, n, dtype=torch.float32, device=x.device) if split > 1 else y
-    kernels.gemv[(tiles, split, rows)](
+    columns, mt, fill = tile_for(rows, n)
+    if silu:
+        columns = 64  # two tiles of sums are held at once
+    tiles = triton.cdiv(width, columns)
+    split = split_for(columns, fill, k, width) if tiles <= COUNTERS else 1
+    y = x.new_empty(rows, width)
+    parts = torch.empty(split, rows, n, dtype=torch.float32, device=x.device) if split > 1 else y
+    kernels.few[(tiles, split)](
         x,
-        t["planes"],
+        t["words"],
         t["scales"],
         t["zeros"],
         y,
+        y if other is None else other,
         parts,
         counters(x.device) if split > 1 else y,
         k,
         n,
+        rows,
         spec.groups,
         GP=spec.group_size // 16,
-        NT=COLUMNS,
-        BLOCKS=BLOCKS,
+        CH=chunk(spec.group_size),
+        NT=columns,
+        MT=mt,
         SPLIT=split,
-        EVEN=k % (128 * BLOCKS) == 0 and n % COLUMNS == 0,
-        PTX=torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1",
+        STAGES=STAGES,
+        SILU=silu,
+        ADD=other is not None,
+        EVEN=k % 128 == 0,
+        FULL=width % columns == 0,
+        JOIN=joins(x.device),
+        PTX=ptx(),
+        WIDE=interpreted(),
         num_warps=WARPS,
+        **registers(),
     )
     return y

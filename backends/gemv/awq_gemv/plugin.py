@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from awq_core.api import Backend, Capability, Device, Kernel, LinearSpec, Rows, TritonSource, hookimpl, lazy
+from awq_core.fragments import chunk
 
 PLUGIN_API = 1
 
@@ -37,25 +38,42 @@ def _record(rows: Rows, priority: int) -> Capability:
 
 def _sources(spec: LinearSpec) -> Sequence[TritonSource]:
     from . import kernels
-    from .tiles import BLOCKS, COLUMNS, WARPS
+    from .tiles import REGISTERS, STAGES, WARPS
 
-    x = {"float16": "*fp16:16", "bfloat16": "*bf16:16"}[spec.dtype]
-    signature = {"x_ptr": x, "planes_ptr": "*i32:16", "scales_ptr": "*fp16:16", "zeros_ptr": "*u8:16", "y_ptr": x}
-    signature |= {"parts_ptr": "*fp32:16", "counters_ptr": "*i32:16", "K": "i32", "N": "i32", "G": "i32"}
-    constants = {"GP": spec.group_size // 16, "NT": COLUMNS, "BLOCKS": BLOCKS, "SPLIT": 4, "EVEN": True}
-    constants["PTX"] = spec.device.vendor == "nvidia"
-    return [TritonSource(kernels.gemv, signature, constants, {"num_warps": WARPS})]
+    kind = {"float16": "*fp16:16", "bfloat16": "*bf16:16"}[spec.dtype]
+    signature = {"x_ptr": kind, "words_ptr": "*i32:16", "scales_ptr": "*fp16:16", "zeros_ptr": "*i32:16"}
+    signature |= {"y_ptr": kind, "other_ptr": kind, "parts_ptr": "*fp32:16", "counters_ptr": "*i32:16"}
+    signature |= {"K": "i32", "N": "i32", "M": "i32", "G": "i32"}
+    constants = {
+        "GP": spec.group_size // 16,
+        "CH": chunk(spec.group_size),
+        "STAGES": STAGES,
+        "EVEN": spec.in_features % 128 == 0,
+    }
+    constants |= {"FULL": True, "JOIN": spec.device.arch == "sm90", "PTX": True, "WIDE": False}
+    ways = [(128, 8, False, False), (128, 16, False, False), (64, 16, False, False)]
+    ways += [(64, 8, True, False), (64, 16, True, False), (128, 8, False, True), (64, 16, False, True)]
+    return [
+        TritonSource(
+            kernels.few,
+            signature,
+            constants | {"NT": columns, "MT": mt, "SPLIT": 4, "SILU": silu, "ADD": add},
+            {"num_warps": WARPS, "maxnreg": REGISTERS},
+        )
+        for columns, mt, silu, add in ways
+    ]
 
 
 BACKEND = Backend(
     name="gemv",
     kernels=(
         Kernel(
-            name="row",
-            reads="awq_planes",  # offered by the GEMM backend, so that decoding and prefill share one copy
-            capabilities=(_record(Rows(1, 1), 230), _record(Rows(2, 8), 150)),
-            apply=lazy("awq_gemv.launch:gemv"),
+            name="few",
+            reads="awq_fragments",  # offered by the GEMM backend, so that decoding and prefill share one copy
+            capabilities=(_record(Rows(1, 16), 230),),
+            apply=lazy("awq_gemv.launch:few"),
             sources=_sources,
+            epilogues={"silu_mul": lazy("awq_gemv.launch:silu_mul"), "add": lazy("awq_gemv.launch:add")},
         ),
     ),
     probe=_probe,

@@ -1,16 +1,27 @@
-"""Sizes of the GEMV's tiles, as measured on an H100 (README.md)."""
+"""Tile sizes by shape, as measured on an H200 (README.md); a guess elsewhere."""
 
-COLUMNS = 32  # of the weight in a program: one warp reads 128 bytes of a row
-BLOCKS = 2  # of 128 k in a step
-WARPS = 4
-FILL = 768  # programs that splitting K aims at
+from __future__ import annotations
+
+MOST_ROWS = 16
+WARPS, STAGES = 4, 3
+REGISTERS = 128  # of a thread, so that four programs fit on a multiprocessor
+WIDE = 16384  # columns from which a tile is wider
 
 
-def split_for(in_features: int, out_features: int) -> int:
+def tile_for(rows: int, out_features: int) -> tuple[int, int, int]:
+    """Columns and rows of a tile, and the number of programs that splitting K aims at."""
+    if rows == 1:
+        return 128, 8, 256
+    if rows <= 8 and out_features >= WIDE:
+        return 128, 16, 256
+    return 64, 16, 384
+
+
+def split_for(columns: int, fill: int, in_features: int, out_features: int) -> int:
     """Into how many parts (a power of 2, at most 8) K is split, so that few columns still fill the device."""
-    tiles = -(-out_features // COLUMNS)
-    steps = -(-in_features // (128 * BLOCKS))
+    tiles = -(-out_features // columns)
+    blocks = -(-in_features // 128)
     split = 1
-    while split < 8 and tiles * split < FILL and split * 2 <= steps:
+    while split < 8 and tiles * split < fill and split * 2 <= blocks:
         split *= 2
     return split

@@ -1,0 +1,47 @@
+"""What the launchers of kernels on ``awq_fragments`` share: counters, and what of the hardware a kernel may use."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+
+COUNTERS = 1 << 14
+CAPTURE = -1
+
+_counters: dict[tuple[str, int | None, int], torch.Tensor] = {}
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def ptx() -> bool:
+    """Whether kernels may hold PTX: not on AMD, and not in the interpreter."""
+    return torch.version.hip is None and not interpreted()
+
+
+@functools.cache
+def joins(device: torch.device) -> bool:
+    """Whether one product takes the codes of a whole group (sm90, whose operand order is that of the words)."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+
+
+def counters(device: torch.device) -> torch.Tensor:
+    """Zeros in which the parts of a tile count themselves; every kernel leaves them at zero.
+
+    One buffer a stream, since kernels of one stream follow each other, and one for graph captures, which must not
+    allocate it themselves. So two graphs must not be replayed at the same time on two streams.
+    """
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    stream = CAPTURE if capturing or device.type != "cuda" else torch.cuda.current_stream(device).cuda_stream
+    found = _counters.get((device.type, device.index, stream))
+    if found is None:
+        found = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        if not capturing:
+            _counters[device.type, device.index, stream] = found
+            shared = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+            _counters.setdefault((device.type, device.index, CAPTURE), shared)
+    return found
