@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+
+# MKL's sums depend on where in memory a matrix happens to lie, unless it is told otherwise before it first runs.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 import torch
 

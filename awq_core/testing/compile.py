@@ -1,7 +1,8 @@
 """Compile a backend's Triton functions for every GPU that its records name; no GPU is needed.
 
 ``python -m awq_core.testing.compile BACKEND`` prints a table and leaves with 1 where a kernel does not compile for an
-architecture that it declares, or needs more shared memory than that architecture has. BACKEND is the name of an
+architecture that it declares, needs more shared memory than that architecture has, or spills more registers of a thread
+to memory than ``SPILLED``. BACKEND is the name of an
 installed backend, or ``module:attribute`` of a Backend record. TRITON_INTERPRET must not be 1: the kit runs this in a
 process of its own, so that its other tests may run in Triton's interpreter.
 """
@@ -34,11 +35,13 @@ KIB = 1024
 # The most shared memory (LDS) that one block can have, by architecture; what is not listed is an AMD GPU with 64 KiB.
 SHARED = {"sm75": 64, "sm80": 163, "sm86": 99, "sm87": 163, "sm89": 99, "sm90": 227, "sm100": 227, "sm103": 227}
 SHARED |= {"sm120": 99, "sm121": 99, "gfx950": 160}
+SPILLED = 32  # registers of 32 bits that a thread may keep in memory: ptxas gives up some by itself, to fit more warps
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One Triton function on one architecture. ``shared`` in bytes; ``registers`` of a thread, None where unknown.
+    """One Triton function on one architecture. ``shared`` in bytes; ``registers`` of a thread and how many
+    more were ``spilled`` to memory, None where unknown.
 
     ``error`` is one sentence, empty where it compiled and fits. ``problem`` names the function's constants.
     """
@@ -49,6 +52,7 @@ class Compiled:
     problem: str = ""
     registers: int | None = None
     shared: int | None = None
+    spilled: int | None = None
     error: str = ""
 
 
@@ -106,8 +110,11 @@ def compile_one(kernel: str, device: Device, source: TritonSource) -> Compiled:
         binary = triton_compile(device, source)
         shared = int(binary.metadata.shared)
         limit = shared_limit(device.arch)
+        registers, spilled = _registers(binary)
         error = "" if shared <= limit else f"wants {shared} bytes of shared memory, {device.arch} has {limit}"
-        return replace(made, registers=_registers(binary), shared=shared, error=error)
+        if not error and (spilled or 0) > SPILLED:
+            error = f"spills {spilled} registers of a thread, {SPILLED} are allowed"
+        return replace(made, registers=registers, shared=shared, spilled=spilled, error=error)
     except Exception as error:  # Triton and the assemblers below it fail in many ways
         return replace(made, error=f"does not compile: {one_line(error)}")
 
@@ -139,18 +146,26 @@ def triton_compile(device: Device, source: TritonSource) -> Any:
         return triton.compile(made, target=target, options=dict(source.options))
 
 
-def _registers(binary: Any) -> int | None:
-    """Registers of a thread: AMD's assembler writes them down, NVIDIA's are read with Triton's own cuobjdump."""
+def _registers(binary: Any) -> tuple[int | None, int | None]:
+    """Registers of a thread, and spilled ones: AMD's assembler writes both down, NVIDIA's are read with cuobjdump.
+
+    NVIDIA's compiler spills to the stack, which Triton's functions use for nothing else.
+    """
     if "amdgcn" in binary.asm:
-        found = re.search(r"\.vgpr_count:\s*(\d+)", str(binary.asm["amdgcn"]))
-    elif "cubin" in binary.asm and (tool := _cuobjdump()) is not None:
+        told = str(binary.asm["amdgcn"])
+        return _number(r"\.vgpr_count:\s*(\d+)", told), _number(r"\.vgpr_spill_count:\s*(\d+)", told)
+    if "cubin" in binary.asm and (tool := _cuobjdump()) is not None:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "kernel.cubin"
             file.write_bytes(binary.asm["cubin"])
             done = subprocess.run([tool, "-res-usage", str(file)], capture_output=True, text=True, check=False)
-        found = re.search(r"REG:(\d+)", done.stdout)
-    else:
-        return None
+        stack = _number(r"STACK:(\d+)", done.stdout)
+        return _number(r"REG:(\d+)", done.stdout), None if stack is None else -(-stack // 4)
+    return None, None
+
+
+def _number(pattern: str, told: str) -> int | None:
+    found = re.search(pattern, told)
     return int(found[1]) if found else None
 
 
@@ -175,11 +190,11 @@ def find(name: str) -> Backend:
 
 def text(results: list[Compiled]) -> str:
     """One line a result, in columns."""
-    rows: list[tuple[str, ...]] = [("kernel", "arch", "function", "problem", "registers", "shared", "")]
+    rows: list[tuple[str, ...]] = [("kernel", "arch", "function", "problem", "registers", "spilled", "shared", "")]
     for r in results:
-        numbers = ("?" if n is None else str(n) for n in (r.registers, r.shared))
+        numbers = ("?" if n is None else str(n) for n in (r.registers, r.spilled, r.shared))
         rows.append((r.kernel, r.arch, r.function, r.problem, *numbers, r.error))
-    widths = [max(len(row[column]) for row in rows) for column in range(6)] + [0]
+    widths = [max(len(row[column]) for row in rows) for column in range(7)] + [0]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 

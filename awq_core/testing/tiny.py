@@ -58,4 +58,4 @@ def tiny_checkpoint(folder: Path, architecture: str = "llama", group_size: int =
     from ..hf.quantize import quantize
 
     dense = tiny_model(folder / "dense", architecture)
-    return quantize(dense, folder / "awq", group_size=group_size, **options).out
+    return quantize(dense, folder / "awq", group_size=group_size, **{"method": "rtn", **options}).out

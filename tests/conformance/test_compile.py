@@ -14,7 +14,7 @@ from awq_core.api import Backend, Capability, Kernel, Rows, TritonSource
 from awq_core.spec import Device
 from awq_core.testing import conformance
 from awq_core.testing.cases import architectures
-from awq_core.testing.compile import compile_backend, main, shared_limit
+from awq_core.testing.compile import SPILLED, compile_backend, main, shared_limit
 
 pytest.importorskip("triton")
 
@@ -104,6 +104,15 @@ def test_shared_memory_is_held_against_each_architecture():
     assert fits == {"sm80": True, "sm86": False, "sm90": True}
 
 
+def test_spilled_registers_are_held_against_a_bound():
+    wide = replace(PRODUCT, options={"num_stages": 1, "num_warps": 1})  # 512 sums in a thread
+    found = list(compile_backend(backend(wide, archs=("sm80", "gfx1100"))))
+    assert [(r.arch, r.error.split()[0], r.spilled > SPILLED) for r in found] == [
+        ("gfx1100", "spills", True),
+        ("sm80", "spills", True),
+    ]
+
+
 def test_a_kernel_without_triton_code_may_say_so():
     assert list(compile_backend(backend())) == []
 
@@ -160,7 +169,9 @@ def test_the_command(tmp_path):
 
 def test_the_command_says_what_is_wrong(capsys, monkeypatch):
     assert main(["reference"]) == 0
-    assert capsys.readouterr().out.split() == ["kernel", "arch", "function", "problem", "registers", "shared"]
+    assert capsys.readouterr().out.split() == [
+        *("kernel", "arch", "function", "problem", "registers", "spilled", "shared")
+    ]
     with pytest.raises(SystemExit):
         main(["nobody"])
     assert "backend 'nobody' is not installed" in capsys.readouterr().err
