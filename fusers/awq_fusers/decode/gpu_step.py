@@ -1,0 +1,77 @@
+"""The decode step in Triton kernels and bound linears, over static tensors: ready to be captured as a CUDA graph."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from .launch import Attend, Pick, add_norm, gated
+from .linears import Rows, bound, joined
+from .model import Decoder, Layer, Norm
+from .storage import Storage, outside_inference_mode, rope_tables
+
+
+class GpuStep:
+    """One token of each sequence: ``tokens`` [B] at position ``length`` [1], both on the device, to logits [B, V]."""
+
+    def __init__(self, decoder: Decoder, storage: Storage) -> None:
+        self.decoder, self.batch = decoder, storage.batch
+        batch, device = storage.batch, decoder.device
+        with outside_inference_mode(), torch.no_grad():
+            self.length = torch.zeros(1, dtype=torch.int32, device=device)
+            self.pads = torch.zeros(batch, dtype=torch.int32, device=device)
+            self.pick = Pick(batch, storage.capacity, self.length)
+            self.tokens = self.pick.tokens
+            tables = rope_tables(decoder, storage.capacity)
+            scratch: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+            self.attends = [
+                Attend(layer.attention, cache, *tables[layer.attention.rope], self.length, self.pads, scratch)
+                for layer, cache in zip(decoder.layers, storage.layers, strict=True)
+            ]
+        self.linears = [linears(layer, batch) for layer in decoder.layers]
+        self.head = bound(decoder.head, batch)
+
+    def logits(self) -> torch.Tensor:
+        """The step; ``length`` stays."""
+        decoder, layers = self.decoder, self.decoder.layers
+        x = embedded(decoder, self.tokens)
+        h = torch.empty_like(x)
+        add_norm(None, x, layers[0].before_attention, h)
+        for layer, attend, (qkv, o, gate_up, down), after in zip(
+            layers, self.attends, self.linears, following(decoder), strict=True
+        ):
+            add_norm(o(attend(qkv(h))), x, layer.before_mlp, h, layer.after_attention)
+            add_norm(down(gated(gate_up(h), layer.mlp.activation)), x, after, h, layer.after_mlp)
+        return capped(self.head(h), decoder.softcap)
+
+    def advance(self) -> torch.Tensor:
+        """The step, and ``length`` is one more."""
+        logits = self.logits()
+        self.length += 1
+        return logits
+
+    def greedy(self) -> None:
+        """The step and the choice of the next tokens: ``pick`` holds them, ``length`` is one more."""
+        self.pick(self.logits())
+
+
+def embedded(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
+    """tokens [M] to [M, H], scaled where the model does."""
+    x = F.embedding(tokens, decoder.embedding)
+    return x if decoder.embedding_scale is None else x * decoder.embedding_scale
+
+
+def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Soft cap of the logits."""
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def linears(layer: Layer, rows: int) -> tuple[Rows, Rows, Rows, Rows]:
+    """qkv, o, gate-up and down of a layer for ``rows`` rows."""
+    a, mlp = layer.attention, layer.mlp
+    return joined(a.qkv, rows), bound(a.o, rows), joined(mlp.gate_up, rows), bound(mlp.down, rows)
+
+
+def following(decoder: Decoder) -> list[Norm]:
+    """For each layer the norm that comes after it."""
+    return [*(layer.before_attention for layer in decoder.layers[1:]), decoder.norm]
