@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
-from . import backends, demo, explain, generate, inspect, matrix, new_backend, quantize
+from . import backends, bench, compare, demo, evaluate, explain, generate, inspect, matrix, new_backend, quantize, tune
 from ._errors import Guarded
 
 app = typer.Typer(
@@ -41,6 +41,10 @@ app.command()(explain.explain)
 app.command()(backends.backends)
 app.command()(generate.generate)
 app.command()(quantize.quantize)
+app.command("eval")(evaluate.eval_command)
+app.command()(compare.compare)
+app.command()(bench.bench)
+app.command()(tune.tune)
 app.command()(demo.demo)
 app.command()(matrix.matrix)
 app.command()(new_backend.new_backend)

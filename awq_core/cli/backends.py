@@ -9,13 +9,14 @@ from ._options import AsJson
 if TYPE_CHECKING:
     from ..capability import Capability
     from ..kernel import Backend
+    from ..plugins import Registry
     from ..spec import Device
 
 
 def backends(as_json: AsJson = False) -> None:
     """List the kernel backends: where each comes from, whether it runs here, what its kernels declare.
 
-    A plugin that could not be loaded is listed with the reason.
+    The fusing mappings, for do_fuse=True, stand below; a plugin that could not be loaded is listed with the reason.
     """
     from .. import plugins
     from ._device import local_devices
@@ -43,6 +44,7 @@ def backends(as_json: AsJson = False) -> None:
                     }
                     for name, backend in found.backends.items()
                 ],
+                "fusing": fusing(found),
                 "failures": [
                     {
                         "name": f.source.name,
@@ -87,8 +89,38 @@ def backends(as_json: AsJson = False) -> None:
             ],
         )
     )
+    if found.fusers:
+        out.print(
+            table(
+                "Fusing mappings (do_fuse=True)",
+                "from | model types | attention | MLP",
+                [
+                    (
+                        f"{mapping['distribution']} {mapping['version']}",
+                        *(", ".join(mapping[key]) or "-" for key in ("model_types", "attention", "mlp")),
+                    )
+                    for mapping in fusing(found)
+                ],
+            )
+        )
     if found.failures:
         out.print(table("Could not be loaded", "plugin | why", [(str(f.source), f.error) for f in found.failures]))
+
+
+def fusing(found: Registry) -> list[dict[str, Any]]:
+    """The fusing mappings as plain data."""
+    sources = [found.sources[f"model type:{mapping.model_types[0]}"] for mapping in found.fusers]
+    return [
+        {
+            "distribution": source.distribution,
+            "version": source.version,
+            "model_types": list(mapping.model_types),
+            "layers": mapping.layers,
+            "attention": list(mapping.attention),
+            "mlp": list(mapping.mlp),
+        }
+        for source, mapping in zip(sources, found.fusers, strict=True)
+    ]
 
 
 def availability(backend: Backend, device: Device) -> str | None:

@@ -109,7 +109,7 @@ def _quantize(screen: Console, dense: Path, out: Path, overwrite: bool) -> None:
     from ._output import size
     from .quantize import run
 
-    report = run(screen, dense, out, group_size=GROUP_SIZE, overwrite=overwrite)
+    report = run(screen, dense, out, method="rtn", group_size=GROUP_SIZE, overwrite=overwrite)
     sizes = f"{size(report.bytes_before)} became {size(report.bytes_after)}"
     screen.print(f"   {report.quantized} linears in {report.seconds:.1f} s, {sizes}", soft_wrap=True)
 

@@ -1,8 +1,7 @@
-"""``awq quantize``: a dense model folder in, an AWQ checkpoint folder out."""
+"""``awq quantize MODEL OUT``: an AWQ checkpoint from a dense model folder."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,9 +16,20 @@ if TYPE_CHECKING:
 def quantize(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a dense model: config.json and weights.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must be new or empty.")],
+    method: Annotated[
+        Literal["awq", "rtn"], typer.Option(help="awq searches on calibration text; rtn rounds to nearest, in seconds.")
+    ] = "awq",
     group_size: Annotated[
-        int, typer.Option(help="Weights along in_features that share a scale; it must divide in_features. -1: all.")
-    ] = 128,
+        int | None,
+        typer.Option(
+            help="Weights along in_features that share a scale. -1: all. "
+            "Without it 128, or the largest of 64, 32, 16 that divides all.",
+            show_default=False,
+        ),
+    ] = None,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric", help="Zero points fixed at 8 (layout gemm only); less accurate.")
+    ] = False,
     layout: Annotated[
         Literal["gemm", "gemv", "gemv_fast"], typer.Option(help="Checkpoint layout. Every loader reads gemm.")
     ] = "gemm",
@@ -30,29 +40,78 @@ def quantize(
         list[str] | None,
         typer.Option(metavar="NAME", help="Leave modules dense whose name contains NAME. May be repeated."),
     ] = None,
+    calib: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE|DIR",
+            help="Calibration text: txt, md, json, jsonl or parquet. Best is text like what the model will read. "
+            "Without it, a small English text that travels with awq-core.",
+            show_default=False,
+        ),
+    ] = None,
+    calib_samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 32,
+    calib_length: Annotated[int, typer.Option(min=8, help="Tokens in each window.")] = 512,
+    seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
+    device: Annotated[
+        str,
+        typer.Option(help="Where blocks are calibrated, one at a time: cpu, cuda, cuda:1. The model stays on the CPU."),
+    ] = "cpu",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was killed, at the block where it was.")
+    ] = False,
+    export_dense: Annotated[
+        bool, typer.Option("--export-dense", help="Write the dense model with the scales in it, for other quantizers.")
+    ] = False,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The search as the paper has it: no error feedback, q and k unclipped.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it exists.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Quantize a dense model to 4 bits and write an AWQ checkpoint.
+    """Quantize a dense model to 4 bits with AWQ and write the checkpoint.
 
-    For now by rounding to nearest: no calibration, seconds instead of minutes, less accurate than AWQ's search for
-    scales. The checkpoint loads in awq-core, AutoAWQ, transformers, vLLM and SGLang. The output embedding stays dense.
-    A run that fails leaves nothing behind.
+    It loads in awq-core, AutoAWQ, transformers, vLLM and SGLang. The output embedding stays dense. A report with the
+    loss of each layer lies in OUT/awq_report.json. A run that fails leaves OUT as it was; what it had finished lies
+    beside OUT for --resume.
     """
     from ._output import console, print_json, size, table
 
+    options: dict[str, Any] = {}
+    if method == "awq":
+        options = {
+            "calib": calib,
+            "calib_samples": calib_samples,
+            "calib_length": calib_length,
+            "seed": seed,
+            "device": device,
+            "resume": resume,
+            "export_dense": export_dense,
+        }
+        if paper:
+            from ..quantization.settings import PAPER
+
+            options |= PAPER
+    elif calib or resume or export_dense or paper:
+        raise typer.BadParameter(
+            "method rtn takes no calibration: leave --calib, --resume, --export-dense, --paper out"
+        )
     report = run(
         console(stderr=True),
         model,
         out,
+        method=method,
         group_size=group_size,
+        zero_point=not symmetric,
         layout=layout,
         dtype=dtype,
         modules_to_not_convert=skip or (),
         overwrite=overwrite,
+        **options,
     )
     if as_json:
-        print_json(asdict(report) | {"out": str(report.out)})
+        from ..hf.quantize import report_data
+
+        print_json(report_data(report))
         return
     ratio = report.bytes_after / report.bytes_before
     screen = console()
@@ -62,7 +121,9 @@ def quantize(
             "Weights",
             "| ",
             [
+                ("method", report.method),
                 ("quantized modules", report.quantized),
+                ("group size", report.group_size),
                 ("dense tensors", report.dense),
                 ("before", size(report.bytes_before)),
                 ("after", f"{size(report.bytes_after)} ({ratio:.2f} of before)"),
@@ -71,25 +132,14 @@ def quantize(
     )
     if report.skipped:
         screen.print(table("Linears left dense", "module | why", report.skipped))
+    for note in report.notes:
+        screen.print(f"note: {note}", soft_wrap=True)
 
 
 def run(screen: Console, model: Path, out: Path, **options: Any) -> Any:
     """``awq_core.hf.quantize.quantize`` with a progress bar on ``screen``; returns its report."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-
     from ..hf.quantize import quantize as quantize_model
+    from ._progress import progress_bar
 
-    columns: tuple[ProgressColumn, ...] = (
-        TextColumn("quantizing"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    columns += (TextColumn("{task.fields[name]}"),)
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
-        task = bar.add_task("", total=None, name="")
-
-        def progress(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, name=name)
-
-        return quantize_model(model, out, progress=progress, **options)
+    with progress_bar("quantizing", screen) as step:
+        return quantize_model(model, out, progress=step, **options)

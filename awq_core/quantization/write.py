@@ -48,11 +48,23 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         else:
             partial.rename(out)
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        why = "the disk is full" if full else " ".join(str(error).split())
-        raise CheckpointError(f"{out} was not written: {why}; nothing is left of the attempt") from error
+        raise CheckpointError(f"{out} was not written: {_why(error)}; nothing is left of the attempt") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def disk_errors(place: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into a CheckpointError; what was written before stays."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{place} cannot be written: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    return "the disk is full" if full else " ".join(str(error).split())
 
 
 @dataclass

@@ -243,3 +243,23 @@ def test_no_warning_where_nothing_is_passed(checkpoint, load):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load(checkpoint(), dtype=torch.float32)
+
+
+def test_what_fusing_relies_on():
+    """``get_decoder`` finds the language model; ``generate`` takes arguments in this order, and makes 20 tokens."""
+    from awq_core.hf.fusing import DEFAULT_NEW_TOKENS
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = transformers.LlamaConfig(vocab_size=64, **sizes)
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=8, patch_size=4, projection_dim=16)
+    with torch.device("meta"):
+        model = transformers.LlavaForConditionalGeneration(
+            transformers.LlavaConfig(vision_config=vision, text_config=text)
+        )
+    assert model.get_decoder() is model.model.language_model
+    model = transformers.LlamaForCausalLM(text)
+    assert model.get_decoder() is model.model.get_decoder() is model.model
+    assert list(inspect.signature(model.generate).parameters)[:2] == ["inputs", "generation_config"]
+    ids = torch.ones(1, 3, dtype=torch.long)
+    with pytest.warns(UserWarning, match="default `max_length`"):
+        assert model.generate(ids, eos_token_id=None).shape == (1, 3 + DEFAULT_NEW_TOKENS)

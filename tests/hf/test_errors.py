@@ -190,7 +190,7 @@ def test_tensor_parallel(checkpoint, load):
 
 
 @pytest.mark.filterwarnings(PASSED)
-@pytest.mark.parametrize("version", ["exllama", "rocm", "acme"])
+@pytest.mark.parametrize("version", ["acme", "exllama2"])
 def test_a_backend_that_is_not_installed(checkpoint, load, monkeypatch, version):
     from awq_core import AwqConfig
     from awq_core.hf import quantizer
@@ -201,6 +201,18 @@ def test_a_backend_that_is_not_installed(checkpoint, load, monkeypatch, version)
         load(checkpoint(), quantization_config=AwqConfig(version=version))
     sentence(error)
     assert not read  # said before anything is loaded
+
+
+@pytest.mark.filterwarnings(PASSED)
+@pytest.mark.parametrize(("version", "gpu"), [("exllama", "an NVIDIA or AMD GPU"), ("rocm", "an AMD GPU")])
+def test_a_backend_for_gpus_on_a_cpu(checkpoint, load, version, gpu):
+    from awq_core import AwqConfig
+
+    with pytest.raises(
+        NoKernelError, match=rf'AwqConfig\(version="{version}"\) asks for .* \(it needs {gpu}\)'
+    ) as error:
+        load(checkpoint(), quantization_config=AwqConfig(version=version))
+    assert f"{version}.rows: device: wants {gpu}, got cpu" in str(error.value)
 
 
 @pytest.mark.filterwarnings(PASSED)

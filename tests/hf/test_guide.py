@@ -9,17 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from awq_core import PluginError
+from awq_core import ConfigError, NoKernelError
 from awq_core.linear import AwqLinear
 from awq_core.packed import PackedModule
 
 BLOCKS = re.findall(r"```py(?:thon)?\n(.*?)```", Path(__file__).with_name("guide.md").read_text("utf-8"), re.DOTALL)
 PLAIN, FLOAT32, FLASH, FUSED, MAPPED, EXLLAMA = BLOCKS
 PASSED = "ignore:You passed `quantization_config`:UserWarning"
-UNFUSED = (
-    "AwqConfig asks for fused modules, but no fuser is installed: "
-    "the model runs unfused, slower and with the same answers"
-)
 
 
 @pytest.fixture
@@ -72,21 +68,59 @@ def test_flash_attention_is_transformers_to_refuse(run):
         run(FLASH)
 
 
-@pytest.mark.filterwarnings(PASSED)
-@pytest.mark.parametrize("block", [FUSED, MAPPED], ids=["do_fuse", "modules_to_fuse"])
-def test_fused_modules_are_not_dropped_without_a_word(run, told, block, ids):
-    names = run(block)
-    config = names["model"].config.quantization_config
-    assert (config.options.do_fuse, config.options.fuse_max_seq_len) == (True, 512)
-    assert told().count(UNFUSED) == 1
-    assert names["model"](ids).logits.isfinite().all()
-    run(block)
-    assert told().count(UNFUSED) == 1
+def same_answer(fused, plain) -> bool:
+    ids = torch.tensor([[5, 6, 7, 8]])
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return fused.generate(ids, **options).tolist() == plain.generate(ids, **options).tolist()
 
 
 @pytest.mark.filterwarnings(PASSED)
-def test_exllama_names_what_is_installed(run):
-    with pytest.raises(PluginError, match=r"backend 'exllama' is not installed; installed are .*reference"):
+def test_fused_modules(run, load, checkpoint, told):
+    model = run(FUSED)["model"]
+    assert model.awq_fused.summary() == "fused 2 attention and 2 MLP blocks of 2 layers"
+    assert model.awq_fused.max_seq_len == 512
+    assert same_answer(model, load(checkpoint("mistral")))
+    with pytest.raises(ValueError, match="more than fuse_max_seq_len=512"):
+        model.generate(torch.ones(1, 500, dtype=torch.long))
+    assert not [note for note in told() if "fus" in note]
+
+
+@pytest.fixture(scope="module")
+def yi(tmp_path_factory):
+    """The sizes of Yi-34B that the guide's mapping names, and everything else tiny."""
+    import transformers
+
+    from awq_core.hf.quantize import quantize
+
+    heads = {"num_attention_heads": 56, "num_key_value_heads": 8, "head_dim": 4}
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=7168, intermediate_size=64, num_hidden_layers=1, **heads
+    )
+    folder = tmp_path_factory.mktemp("yi")
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder / "dense")
+    return quantize(folder / "dense", folder / "awq", group_size=32, method="rtn").out
+
+
+@pytest.mark.filterwarnings(PASSED)
+def test_fused_modules_by_their_names(run, load, yi, told):
+    model = run(MAPPED, yi)["model"]
+    assert model.awq_fused.summary() == "fused 1 attention and 1 MLP blocks of 1 layers"
+    assert same_answer(model, load(yi))
+    assert [note for note in told() if "modules_to_fuse" in note] == [
+        "modules_to_fuse['layernorm'] names ln1, ln2, which LlamaModel does not have (its norms are norm, "
+        "input_layernorm, post_attention_layernorm): the model's own norms are used, whatever they are called"
+    ]
+
+
+@pytest.mark.filterwarnings(PASSED)
+def test_a_mapping_for_another_model_is_refused(run):
+    with pytest.raises(ConfigError, match="modules_to_fuse says hidden_size 7168, but MistralModel has 64"):
+        run(MAPPED)
+
+
+@pytest.mark.filterwarnings(PASSED)
+def test_exllama_on_a_cpu_says_what_it_needs(run):
+    with pytest.raises(NoKernelError, match=r'version="exllama"\) asks for backend exllama.*an NVIDIA or AMD GPU'):
         run(EXLLAMA)
 
 
@@ -115,7 +149,7 @@ def test_a_version_that_is_installed_answers(run, with_tokenizer, version, capsy
         EXLLAMA,
         with_tokenizer,
         exllama=version,
-        pad_token_id="max_new_tokens=4, pad_token_id",
+        pad_token_id="min_new_tokens=4, max_new_tokens=4, pad_token_id",
         **{", max_length=50": ""},
     )
     assert names["input_ids"].tolist() == [[1, 2, 3, 4, 5]]

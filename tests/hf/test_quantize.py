@@ -1,10 +1,11 @@
-"""quantize(): a dense folder in, an AWQ checkpoint out, and nothing half-written."""
+"""quantize(method="rtn"): a dense folder in, an AWQ checkpoint out, and nothing half-written."""
 
 from __future__ import annotations
 
 import errno
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -13,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from awq_core import CheckpointError, ConfigError
-from awq_core.hf.quantize import quantize
+from awq_core.hf import quantize as module
 from awq_core.layouts import checkpoint_layout
 from awq_core.quantization import write
 from awq_core.quantization.rtn import quantize_weight
 from awq_core.testing.tiny import tiny_model
 
 NAME = "model.layers.0.mlp.down_proj"
+quantize = partial(module.quantize, method="rtn")
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +148,8 @@ def test_a_linear_that_cannot_be_packed_stays_dense_and_is_listed(tmp_path, load
     gate = "model.layers.0.mlp.shared_expert_gate"
     assert (gate, "its 1 outputs do not fill words of 8 codes") in report.skipped
     said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert said["modules_to_not_convert"] == [gate]
+    assert said["modules_to_not_convert"] == ["model.layers.0.mlp.gate", gate]
+    assert ("model.layers.0.mlp.gate", "router of the experts") in report.skipped
     assert load(tmp_path / "out")(ids).logits.isfinite().all()
 
 
@@ -158,6 +161,9 @@ def test_a_linear_that_cannot_be_packed_stays_dense_and_is_listed(tmp_path, load
         ({"layout": "gemv", "zero_point": False}, "zero_point=False needs layout gemm"),
         ({"group_size": 128}, "group_size 128 does not fit linears of 64 inputs in layout gemm; take --group-size 64"),
         ({"group_size": 48}, "group_size 48 does not fit linears of 64, 128 inputs .*; take --group-size 64"),
+        ({"method": "gptq"}, "method 'gptq' does not exist: choose awq or rtn"),
+        ({"clip": False}, "method rtn has no option 'clip'"),
+        ({"export_dense": True}, "it needs method awq"),
         ({"group_size": 16, "layout": "gemv"}, "group_size 16 does not fit .* layout gemv; take --group-size 64"),
     ],
 )
@@ -166,6 +172,35 @@ def test_wrong_options_are_one_sentence(source, tmp_path, options, sentence):
         quantize(source, tmp_path / "out", **options)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [{"modules_to_not_convert": ["experts.1.up_proj"]}, {"layout": "gemv_fast"}])
+def test_experts_are_quantized_all_or_none(tmp_path, load, ids, options):
+    """They are stacked when they are loaded. gemv_fast takes groups of 64, which the 32 inputs of down_proj are not."""
+    tiny_model(tmp_path / "dense", "qwen3_moe", hidden_size=128, head_dim=32, moe_intermediate_size=32)
+    group_size = 64 if "layout" in options else 32
+    report = quantize(tmp_path / "dense", tmp_path / "out", group_size=group_size, **options)
+    reasons = {name: why for name, why in report.skipped if ".experts." in name}
+    assert len(reasons) == 24
+    assert "other experts stay dense" in reasons.values()
+    assert report.quantized == 8
+    assert load(tmp_path / "out")(ids).logits.isfinite().all()
+
+
+def test_a_minority_that_the_group_size_does_not_fit_stays_dense_and_is_listed(tmp_path, load, ids):
+    tiny_model(tmp_path / "dense", intermediate_size=80)
+    report = quantize(tmp_path / "dense", tmp_path / "out", group_size=32)
+    left = [(f"model.layers.{i}.mlp.down_proj", "group size 32 does not fit its 80 inputs") for i in (0, 1)]
+    assert [entry for entry in report.skipped if entry[1] != "output embedding"] == left
+    assert type(load(tmp_path / "out").model.layers[0].mlp.down_proj) is nn.Linear
+
+
+@pytest.mark.parametrize(("hidden", "wanted"), [(64, 64), (128, 128), (96, 32), (48, 16)])
+def test_without_a_group_size_the_largest_that_fits_all(tmp_path, hidden, wanted):
+    tiny_model(tmp_path / "dense", hidden_size=hidden, intermediate_size=256, num_attention_heads=4)
+    report = quantize(tmp_path / "dense", tmp_path / "out")
+    assert report.group_size == wanted
+    assert len(report.notes) == (wanted != 128)
 
 
 def test_advice_that_fits_every_linear(tmp_path):

@@ -23,7 +23,10 @@ from awq_core.cli import _small_model, app, matrix
 from awq_core.plugins import LoadFailure, Registry, Source
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("inspect", "explain", "backends", "generate", "quantize", "demo", "matrix", "new-backend")
+COMMANDS = (
+    "inspect", "explain", "backends", "generate", "quantize", "eval", "compare", "bench",
+    "demo", "matrix", "new-backend",
+)  # fmt: skip
 
 
 def awq(*args: object) -> Result:
@@ -323,6 +326,13 @@ def test_devices_that_are_not_understood(checkpoint: Path) -> None:
 
 
 # backends
+
+
+def test_backends_lists_fusing_mappings() -> None:
+    llama, *_ = [mapping for mapping in data("backends")["fusing"] if "llama" in mapping["model_types"]]
+    assert llama["distribution"] == "awq-core"
+    assert llama["mlp"] == ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    assert "Fusing mappings" in awq("backends").stdout
 
 
 def test_backends_says_who_does_what_where(acme: None) -> None:

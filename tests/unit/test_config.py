@@ -434,6 +434,21 @@ def test_exllama_config(version):
     assert options.exllama_config.model_dump() == {"version": version, "max_input_len": 2048, "max_batch_size": 2}
 
 
+@pytest.mark.parametrize(
+    ("config", "notes"),
+    [
+        ({"version": 2}, []),
+        ({"version": 1}, ["version 1, which the kernels of version 2 run"]),
+        ({"version": 2, "max_input_len": 64}, ["reserve nothing"]),
+        ({"version": 1, "max_batch_size": 1}, ["version 1", "reserve nothing"]),
+    ],
+)
+def test_what_of_exllama_config_changes_nothing_is_noted(config, notes):
+    found = UserOptions(version="exllama", exllama_config=config).notes
+    assert len(found) == len(notes)
+    assert all(words in note for words, note in zip(notes, found, strict=True))
+
+
 def test_exllama_config_without_exllama_is_noted():
     options = UserOptions(exllama_config={"version": 1})
     assert options.notes == ("AwqConfig: exllama_config has no effect without version='exllama'.",)
