@@ -70,7 +70,7 @@ def main() -> None:
         raise SystemExit(f"{args.dense} is not there: run `awq demo` first, which makes it")
     made = tempfile.TemporaryDirectory()
     if args.awq is None:
-        args.awq = quantize(args.dense, Path(made.name) / "awq", group_size=64).out
+        args.awq = quantize(args.dense, Path(made.name) / "awq", group_size=64, method="rtn").out
     awq_core.enable()
     console = Console(width=160)
     console.print(

@@ -1,0 +1,1 @@
+"""How fast models run and what memory they take: what ``awq bench`` measures."""
