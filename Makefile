@@ -11,13 +11,14 @@ BENCH ?= $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
 
 VENV := .venv
 BIN := $(VENV)/bin
-# One environment, two stamps: the demo does not wait for the developer tools.
+# One environment, three stamps: the demo does not wait for the developer tools, nor do these for the site's.
 DEMO := $(VENV)/.demo-installed
 DEV := $(VENV)/.dev-installed
+SITE := $(VENV)/.docs-installed
 INPUTS := pyproject.toml constraints.txt awq_core/_version.py
 NEEDED := (3, 11)
-# Writes docs/matrix.md.
-DOCS_COMMAND := $(BIN)/awq matrix && $(BIN)/python tests/matrix/regenerate.py
+# Writes what of docs/ is made from the code.
+DOCS_COMMAND := $(BIN)/awq matrix && $(BIN)/python tests/matrix/regenerate.py && $(BIN)/python docs/make
 
 define make-venv
 $(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= $(NEEDED) else "$(PYTHON) is Python %d.%d; 3.11 or newer is needed: make PYTHON=python3.11" % sys.version_info[:2])' \
@@ -32,10 +33,10 @@ define install
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format typecheck bench docs clean
+.PHONY: help venv demo test lint format typecheck bench docs docs-site clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(DEV) ## build .venv with awq-core (editable) and the developer tools
 	@echo "$(VENV) is ready: $(BIN)/awq --help"
@@ -63,6 +64,10 @@ bench: $(DEMO) ## run the benchmarks; BENCH=benchmarks/one.py picks one
 docs: $(DEMO) ## regenerate the documents that are made from the code
 	@$(DOCS_COMMAND)
 
+docs-site: $(SITE) ## build the documentation site into build/site (mkdocs; warnings are errors)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
+
 clean: ## remove caches and built files; .venv stays
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find awq_core backends tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -70,6 +75,10 @@ clean: ## remove caches and built files; .venv stays
 $(DEMO): $(INPUTS)
 	$(call install,demo)
 	@touch $@
+
+$(SITE): $(INPUTS)
+	$(call install,docs)
+	@touch $(DEMO) $@
 
 # dev holds all that demo does.
 $(DEV): $(INPUTS)

@@ -14,18 +14,23 @@ from .errors import AwqError, CheckpointError, ConfigError, LayoutError, NoKerne
 from .request import prefer
 
 if TYPE_CHECKING:
+    from .hf.autoawq import AutoAWQForCausalLM
     from .hf.config import AwqConfig
     from .hf.enable import disable, enable
+    from .hf.quantize import quantize
     from .linear import AwqLinear
 
 _LAZY = {
+    "AutoAWQForCausalLM": "awq_core.hf.autoawq",
     "AwqConfig": "awq_core.hf.config",
     "AwqLinear": "awq_core.linear",
     "disable": "awq_core.hf.enable",
     "enable": "awq_core.hf.enable",
+    "quantize": "awq_core.hf.quantize",
 }
 
 __all__ = [
+    "AutoAWQForCausalLM",
     "AwqConfig",
     "AwqError",
     "AwqLinear",
@@ -38,6 +43,7 @@ __all__ = [
     "disable",
     "enable",
     "prefer",
+    "quantize",
 ]
 
 

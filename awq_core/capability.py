@@ -86,7 +86,7 @@ def check(capability: Capability, spec: LinearSpec, m: int | None = None) -> tup
             reasons.append(Reason(rule, str(wanted), str(got)))
 
     device = spec.device
-    want(capability.device in ("*", device.type), "device", capability.device, device.type)
+    want(capability.device in ("*", device.type), "device", device_text(capability), device.type)
     if capability.device in ("*", device.type):
         want(
             not capability.vendors or device.vendor in capability.vendors,
@@ -130,6 +130,14 @@ def group_accepted(capability: Capability, group_size: int) -> bool:
     if group_size in capability.group_sizes:
         return True
     return capability.group_multiple is not None and group_size % capability.group_multiple == 0
+
+
+def device_text(capability: Capability) -> str:
+    """The record's device in words: ``an NVIDIA or AMD GPU`` for torch's cuda."""
+    if capability.device != "cuda":
+        return capability.device
+    makers = [maker.upper() for maker in ("nvidia", "amd") if not capability.vendors or maker in capability.vendors]
+    return f"an {' or '.join(makers)} GPU" if makers else "cuda"
 
 
 def groups_text(capability: Capability) -> str:

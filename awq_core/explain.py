@@ -17,8 +17,8 @@ def refusal_text(decision: Decision) -> str:
         others = [r for r in decision.refused if r.name.split(".")[0] != request.forced]
         if own:
             head = (
-                f"{request.source} asks for backend {request.forced}, which refuses {decision.spec} at M={decision.m}; "
-                "leave the request out to let awq-core choose"
+                f"{request.source} asks for backend {request.forced}, which refuses {decision.spec} at M={decision.m}"
+                f"{_other_device(own)}; leave the request out to let awq-core choose"
             )
         else:
             names = sorted({r.name.split(".")[0] for r in others})
@@ -28,6 +28,12 @@ def refusal_text(decision: Decision) -> str:
             )
         return "\n".join([head + ".", *(refusal_line(r) for r in own)])
     return "\n".join([head + ".", *(refusal_line(r) for r in decision.refused)])
+
+
+def _other_device(refused: list[Refusal]) -> str:
+    """`` (it needs an NVIDIA or AMD GPU)`` where the device is a reason against each kernel."""
+    wanted = [next((r.wanted for r in refusal.reasons if r.rule == "device"), "") for refusal in refused]
+    return f" (it needs {' or '.join(dict.fromkeys(wanted))})" if all(wanted) else ""
 
 
 def refusal_line(refusal: Refusal) -> str:

@@ -19,11 +19,12 @@ and the module implements what it needs::
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pluggy
 
 if TYPE_CHECKING:
+    from .fusing import FusingMapping
     from .kernel import Backend, ResidentLayout
 
 PROJECT = "awq_core"
@@ -44,5 +45,5 @@ def awq_core_layouts() -> Iterable[ResidentLayout]:  # type: ignore[empty-body]
 
 
 @hookspec
-def awq_core_fusers() -> Iterable[Any]:  # type: ignore[empty-body]
-    """Fusers and fusing mappings."""
+def awq_core_fusers() -> Iterable[FusingMapping]:  # type: ignore[empty-body]
+    """Fusing mappings: where the projections of an architecture lie, for ``do_fuse=True``."""

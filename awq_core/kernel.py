@@ -82,6 +82,11 @@ def no_sources(spec: LinearSpec) -> Sequence[TritonSource]:
     return ()
 
 
+def nothing_to_tune(spec: LinearSpec, rows: int) -> Sequence[Mapping[str, int]]:
+    """The default of ``Kernel.tunables``: there is one way to run it."""
+    return ()
+
+
 def _always_there(device: Device) -> str | None:
     return None
 
@@ -95,6 +100,10 @@ class Kernel:
     ``reads`` names the resident layout (``"*"``: whichever the plan has). ``refuses`` is for rules that no Capability
     field can say, and is asked only after a record has accepted. ``sources(spec)`` lists the Triton functions that
     ``apply`` may launch for this problem at any M; the conformance kit compiles them for every declared GPU.
+    ``tunables(spec, rows)`` lists the configs that ``awq tune`` measures at M = ``rows``; ``apply`` gets the best one
+    back from ``awq_core.api.tuned("backend.kernel", spec, rows, x.device)``.
+    ``epilogues`` are variants for fused blocks, by name, for linears without bias and M in ``capabilities``:
+    ``silu_mul(weight, x)`` gives ``silu(y[:, :N/2]) * y[:, N/2:]`` and ``add(weight, x, other)`` gives ``y + other``.
     """
 
     name: str
@@ -104,12 +113,14 @@ class Kernel:
     refuses: Callable[[LinearSpec], Reason | None] = field(default=_refuses_nothing)
     adds_bias: bool = False
     sources: Callable[[LinearSpec], Sequence[TritonSource]] = field(default=no_sources)
+    tunables: Callable[[LinearSpec, int], Sequence[Mapping[str, int]]] = field(default=nothing_to_tune)
+    epilogues: Mapping[str, Callable[..., torch.Tensor]] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         _named(self, self.name)
         require(isinstance(self.reads, str), f"Kernel {self.name!r}: reads", "the name of a layout", self.reads)
         _tuple_of(Capability, self, "capabilities")
-        _callable(self, "apply", "refuses", "sources")
+        _callable(self, "apply", "refuses", "sources", "tunables")
         require(isinstance(self.adds_bias, bool), f"Kernel {self.name!r}: adds_bias", "True or False", self.adds_bias)
 
 

@@ -45,7 +45,11 @@ _OTHER_NAMES = {**ALIASES, "format": "version", "checkpoint_format": "version", 
 
 
 class ExllamaOptions(BaseModel):
-    """``exllama_config``: ``max_input_len`` (tokens) and ``max_batch_size`` (sequences) bound the scratch memory."""
+    """``exllama_config``: ``version`` 1 or 2, which are the same kernels here.
+
+    ``max_input_len`` (tokens) and ``max_batch_size`` (sequences) sized a buffer in AutoAWQ, beyond which inputs overran
+    it; the kernels here have none, so the two are checked and change nothing.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -87,6 +91,14 @@ class FusingMap(BaseModel):
     use_alibi: bool
     rope_theta: Annotated[float, Field(gt=0)] | None = None
     max_seq_len: Positive | None = None
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> FusingMap:
+        """Check a mapping that is given outside ``AwqConfig``; ConfigError in one sentence."""
+        try:
+            return cls(**data)
+        except ValidationError as error:
+            raise refusal(error, "modules_to_fuse") from None
 
     @model_validator(mode="before")
     @classmethod
@@ -176,6 +188,14 @@ class UserOptions(BaseModel):
             )
         if self.exllama_config is not None and self.request != "exllama":
             notes.append(f"{USER}: exllama_config has no effect without version='exllama'.")
+        if self.exllama_config is not None and self.request == "exllama":
+            if self.exllama_config.version == 1:
+                notes.append(f"{USER}: exllama_config asks for version 1, which the kernels of version 2 run as well.")
+            if self.exllama_config.model_fields_set & {"max_input_len", "max_batch_size"}:
+                notes.append(
+                    f"{USER}: max_input_len and max_batch_size of exllama_config reserve nothing, since the kernels "
+                    "need no buffer that grows with them: longer inputs are right too."
+                )
         return tuple(notes)
 
     @model_validator(mode="before")

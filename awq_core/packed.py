@@ -16,6 +16,7 @@ from .ops import apply_plan, intern_plan
 from .request import Request, current_request
 from .selection import select
 from .spec import Device, LinearSpec
+from .tuning import representatives
 
 DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
 
@@ -34,6 +35,7 @@ class PackedWeight:
         self.owner = owner
         self.prefix = prefix
         self.spec = spec
+        self.scales_dtype = scales_dtype
         self.plan: Plan | None = None
         self.key = ""
         self.resident: dict[str, torch.Tensor] | None = None
@@ -135,16 +137,16 @@ class PackedWeight:
         return replace(self.spec, dtype=DTYPE_NAMES.get(dtype, str(dtype)), device=Device.of(device))
 
     def _warm(self) -> None:
-        """Run each kernel of the plan once on a GPU, so that nothing compiles under a graph capture later."""
+        """Run the plan on a GPU at each size that it tells apart, so that nothing compiles under a graph capture."""
         assert self.plan is not None
         if self.device().type == "cpu" or self.key in _warmed:
             return
         tensors = {n: t[0] for n, t in self.tensors().items()} if self.spec.experts else self.tensors()
+        dtype = getattr(torch, self.plan.spec.dtype)
         for band in self.plan.bands:
-            x = torch.zeros(
-                band.rows.first, self.spec.in_features, dtype=getattr(torch, self.plan.spec.dtype), device=self.device()
-            )
-            apply_plan(self.plan, tensors, x, None)
+            for rows in representatives(band.rows.first, band.rows.last):
+                x = torch.zeros(rows, self.spec.in_features, dtype=dtype, device=self.device())
+                apply_plan(self.plan, tensors, x, None)
         _warmed.add(self.key)
 
 

@@ -8,13 +8,13 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import pluggy
 
 from . import hookspecs
 from ._version import __version__
 from .errors import PluginError
+from .fusing import FusingMapping
 from .guard import one_line
 from .kernel import ANY_LAYOUT, Backend, ResidentLayout
 from .layouts import NAMES
@@ -51,14 +51,14 @@ class LoadFailure:
 
 @dataclass(frozen=True, slots=True)
 class Registry:
-    """What the plugins of this environment offer. ``sources`` says where each backend and layout came from.
+    """What the plugins of this environment offer. ``sources`` says where each backend, layout and mapping came from.
 
     ``left_out`` are plugins that AWQ_CORE_PLUGINS does not name; they were not imported.
     """
 
     backends: Mapping[str, Backend]
     layouts: Mapping[str, ResidentLayout]
-    fusers: tuple[Any, ...]
+    fusers: tuple[FusingMapping, ...]
     sources: Mapping[str, Source]
     failures: tuple[LoadFailure, ...]
     left_out: tuple[Source, ...] = ()
@@ -150,11 +150,15 @@ class _Offer:
     source: Source
     backends: tuple[Backend, ...]
     layouts: tuple[ResidentLayout, ...]
-    fusers: tuple[Any, ...]
+    fusers: tuple[FusingMapping, ...]
 
     def names(self) -> list[str]:
-        """The keys of ``Registry.sources``: backends by name, layouts as ``layout:name``."""
-        return [*(backend.name for backend in self.backends), *(f"layout:{layout.name}" for layout in self.layouts)]
+        """The keys of ``Registry.sources``: backends by name, ``layout:name``, ``model type:name``."""
+        return [
+            *(backend.name for backend in self.backends),
+            *(f"layout:{layout.name}" for layout in self.layouts),
+            *(f"model type:{name}" for mapping in self.fusers for name in mapping.model_types),
+        ]
 
 
 def _register(source: Source, entry_point: importlib.metadata.EntryPoint) -> _Offer:
@@ -168,17 +172,23 @@ def _register(source: Source, entry_point: importlib.metadata.EntryPoint) -> _Of
     if not manager.get_hookcallers(plugin):
         raise PluginError("it has no hook: mark its functions with awq_core.api.hookimpl")
     if source.group == GROUPS[1]:
-        return _Offer(source, (), (), tuple(f for offer in manager.hook.awq_core_fusers() for f in offer))
+        fusers = tuple(f for offer in manager.hook.awq_core_fusers() for f in offer)
+        _check_kinds((f, FusingMapping) for f in fusers)
+        return _Offer(source, (), (), fusers)
     backends = tuple(b for offer in manager.hook.awq_core_backends() for b in offer)
     layouts = tuple(layout for offer in manager.hook.awq_core_layouts() for layout in offer)
-    for thing, kind in [*((b, Backend) for b in backends), *((layout, ResidentLayout) for layout in layouts)]:
-        if not isinstance(thing, kind):
-            raise PluginError(f"its hook returned {type(thing).__name__} where awq_core.api.{kind.__name__} is wanted")
+    _check_kinds([*((b, Backend) for b in backends), *((layout, ResidentLayout) for layout in layouts)])
     for backend in backends:
         if not backend.kernels:
             raise PluginError(f"backend {backend.name!r} has no kernels")
     layouts += tuple(layout for backend in backends for layout in backend.layouts)
     return _Offer(source, backends, tuple(dict.fromkeys(layouts)), ())
+
+
+def _check_kinds(pairs: Iterable[tuple[object, type]]) -> None:
+    for thing, kind in pairs:
+        if not isinstance(thing, kind):
+            raise PluginError(f"its hook returned {type(thing).__name__} where awq_core.api.{kind.__name__} is wanted")
 
 
 def _check_api(wants: object) -> None:
@@ -200,6 +210,12 @@ def _check_names(offer: _Offer, others: Iterable[_Offer]) -> None:
         # The sets also refuse what cannot be hashed: answers of probes and plans are remembered by these records.
         mine: set[Backend | ResidentLayout] = {*offer.backends, *(set(offer.layouts) - set(other.layouts))}
         taken = set(other.names())
+        for model_type in (name for mapping in offer.fusers for name in mapping.model_types):
+            if f"model type:{model_type}" in taken:
+                raise PluginError(
+                    f"a fusing mapping of model type {model_type!r} is offered by {other.source.distribution} already: "
+                    "leave it out"
+                )
         for record in sorted(mine, key=lambda record: record.name):
             kind = "backend" if isinstance(record, Backend) else "layout"
             if (record.name if kind == "backend" else f"layout:{record.name}") in taken:

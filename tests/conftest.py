@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the network
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # as in awq_core.testing.checks, where MKL has not run yet
 
 import pytest
 import torch

@@ -19,7 +19,7 @@ from ..notice import tell
 from ..options import UserOptions
 from ..packed import PackedModule
 from ..request import Request, current_request
-from . import _compat
+from . import _compat, fusing
 from .scaled_activation import ScaledActivation
 from .skeleton import build, expected_shapes
 
@@ -57,11 +57,6 @@ class AwqCoreQuantizer(_compat.HfQuantizer):  # type: ignore[misc]
         request = current_request(self.options.request)
         if request.forced is not None:
             plugins.registry().backend(request.forced)  # PluginError now, not after the weights are read
-        if self.options.do_fuse:
-            tell(
-                "AwqConfig asks for fused modules, but no fuser is installed: "
-                "the model runs unfused, slower and with the same answers"
-            )
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype that was asked for; bfloat16 where none was, the file says float16 and the model goes to a CPU."""
@@ -88,6 +83,7 @@ class AwqCoreQuantizer(_compat.HfQuantizer):  # type: ignore[misc]
                 if text:
                     tell(text)
         build(model, modules, headers, config.zero_point, dtype or model.config.dtype)
+        fusing.check(model, self.options)
         self._dtype = dtype or model.config.dtype
         self._experts = {
             f"{path}.{part}": weight.spec.layout
@@ -130,11 +126,17 @@ class AwqCoreQuantizer(_compat.HfQuantizer):  # type: ignore[misc]
                 _check_loaded(name, module)
             else:
                 _cast_dense(module, dtype)
+        record = fusing.join(model, self.options)  # before kernels are chosen, so that no weight is prepared twice
+        for module in model.modules():
             if isinstance(module, PackedModule):
                 _bind(module, dtype, request)
                 self._compile_safe &= all(plan.compile_safe for plan in module.plans.values())
+        if record is not None:
+            fusing.install(model, record)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        if getattr(model, "awq_fused", None) is not None:
+            model.unfuse()
         for name, module in list(model.named_modules()):
             if isinstance(module, AwqExperts):
                 raise NotImplementedError(f"{name}: quantized experts cannot be made dense yet")

@@ -43,6 +43,12 @@ class Names:
         name, pattern = _compat.rename_source_key(key, self.renamings, self.converters, self.prefix, self.state)
         return name, pattern is not None
 
+    def source(self, key: str) -> int:
+        """Which of the parts that a converter joins the checkpoint key is: its place in the converter's list."""
+        _, pattern = _compat.rename_source_key(key, self.renamings, self.converters, self.prefix, self.state)
+        found: int = next(c.source_patterns.index(pattern) for c in self.converters if pattern in c.source_patterns)
+        return found
+
 
 def expected_shapes(model: nn.Module, headers: Mapping[str, TensorHeader]) -> dict[str, tuple[int, int]]:
     """(K, N) that the model wants of each quantized module of the checkpoint, where it has a linear for it."""

@@ -312,18 +312,44 @@ def test_the_allow_list(env, allow, names):
                 found.backend(name)
 
 
+def maps(*types):
+    """The source of a plugin that offers a fusing mapping for each model type."""
+    mappings = ", ".join(f"FusingMapping(({name!r},), mlp=())" for name in types)
+    head = HEAD + "from awq_core.api import FusingMapping\n\n@hookimpl\ndef awq_core_fusers():\n"
+    return f"{head}    return [{mappings}]\n"
+
+
 def test_fusers_have_a_group_of_their_own(env):
-    both = offers('backend("acme")') + "\n@hookimpl\ndef awq_core_fusers():\n    return ['a fuser']\n"
+    both = maps("acme_lm") + "\n@hookimpl\ndef awq_core_backends():\n    return [backend('acme')]\n"
     env.install("acme", both)
     assert env.load().fusers == ()
     env.install("acme", both, "awq-acme-fusers", group=GROUPS[1])
     env.install("odd", "1 / 0", group=GROUPS[1])
     found = env.load()
-    assert found.fusers == ("a fuser",)
+    assert [mapping.model_types for mapping in found.fusers] == [("acme_lm",)]
+    assert str(found.sources["model type:acme_lm"]) == "acme (awq-acme-fusers 1.0)"
     assert list(found.backends) == [*BUILT_IN, "acme"]
     assert errors(found) == {"odd (awq-odd 1.0)": "ZeroDivisionError: division by zero"}
     with pytest.raises(PluginError, match="backend 'odd' is not installed"):
         found.backend("odd")
+
+
+def test_wrong_fusers_are_left_out(env):
+    env.install("ours", maps("llama"), OURS, group=GROUPS[1])
+    env.install("acme", maps("acme_lm", "llama"), group=GROUPS[1])
+    env.install("late", maps("acme_lm"), group=GROUPS[1])
+    env.install("odd", maps("").replace("('',)", "'llama'"), group=GROUPS[1])
+    env.install("text", maps("x").replace("FusingMapping(('x',), mlp=())", "'a fuser'"), group=GROUPS[1])
+    env.install("twice", maps("new", "new"), group=GROUPS[1])
+    found = env.load()
+    assert [mapping.model_types for mapping in found.fusers] == [("llama",), ("acme_lm",)]
+    assert found.sources["model type:acme_lm"].name == "late"
+    assert {name.split()[0]: error for name, error in errors(found).items()} == {
+        "acme": "a fusing mapping of model type 'llama' is offered by awq-core already: leave it out",
+        "odd": "ValueError: FusingMapping.model_types must be a tuple of names, not 'llama'",
+        "text": "its hook returned str where awq_core.api.FusingMapping is wanted",
+        "twice": "it offers two things called 'model type:new'",
+    }
 
 
 def test_a_distribution_without_metadata_still_loads(env):
