@@ -45,7 +45,7 @@ class RowStep:
             ]
             self.norm = _norm(decoder.norm)
             self.head_in = _Input(decoder.norm.weight.shape[0], decoder.dtype)
-        self.head = head_op(decoder.head, 1)
+        self.head = head_op(decoder.head, 1, decoder.int8_head)
         self._padded: TorchStep | None = None
 
     def __call__(self, tokens: torch.Tensor, length: int, pads: torch.Tensor | None) -> torch.Tensor:

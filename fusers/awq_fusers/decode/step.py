@@ -34,7 +34,7 @@ class TorchStep:
             for i, layer in enumerate(decoder.layers)
         ]
         self.norm = norm_op(decoder.norm, batch)
-        self.head, self.softcap = head_op(decoder.head, batch), decoder.softcap
+        self.head, self.softcap = head_op(decoder.head, batch, decoder.int8_head), decoder.softcap
 
     def __call__(self, tokens: torch.Tensor, length: int, pads: torch.Tensor | None) -> torch.Tensor:
         """``length`` tokens are cached; ``pads`` [B] is how many of them are padding at the left (None: none)."""
