@@ -167,6 +167,9 @@ def _swap(a: torch.Tensor, b: torch.Tensor, shift: int, mask: int, spare: torch.
     """Exchange, in place, the bits ``mask`` of ``b`` with the bits ``mask << shift`` of ``a``."""
     torch.bitwise_right_shift(a, shift, out=spare)  # arithmetic: the mask drops the copies of the sign
     spare.bitwise_xor_(b).bitwise_and_(mask)
+    if a is b:  # both sets of bits at once: they do not overlap, so the product has no carries
+        a.bitwise_xor_(spare.mul_(1 + (1 << shift)))
+        return
     b.bitwise_xor_(spare)
     a.bitwise_xor_(spare.bitwise_left_shift_(shift))
 
