@@ -143,6 +143,19 @@ def unpack(
 
 
 @gluon.jit
+def place_of(unit, m_tiles, n_tiles, SPLIT: gl.constexpr):
+    """Which rows of x and which columns of the weight a unit multiplies, in tiles.
+
+    Units that run at the same time share eight tiles of rows, so that these stay in the L2 however many there are.
+    """
+    tile = unit // SPLIT
+    group = tile // (8 * n_tiles)
+    rows = gl.maximum(gl.minimum(m_tiles - 8 * group, 8), 1)  # past the last unit too
+    within = tile % (8 * n_tiles)
+    return 8 * group + within % rows, within // rows
+
+
+@gluon.jit
 def first_block(unit, blocks, SPLIT: gl.constexpr):
     """Where the share of K of this unit begins."""
     return (unit % SPLIT) * blocks // SPLIT
@@ -155,23 +168,23 @@ def end_block(unit, blocks, SPLIT: gl.constexpr):
 
 
 @gluon.jit
-def fetch(x_desc, xs, full, slot, unit, units, chunk, m_tiles, SPLIT: gl.constexpr, MT: gl.constexpr, W: gl.constexpr):
-    """Start the copy of a chunk of x into its slot of the ring; past the last unit there is nothing to copy."""
-    more = unit < units
+def fetch(x_desc, xs, full, slot, m_tile, chunk, more, MT: gl.constexpr, W: gl.constexpr):
+    """Start the copy of a chunk of x into its slot of the ring, where there is more to copy."""
     hopper.mbarrier.expect(full.index(slot), x_desc.block_type.nbytes, pred=more)
     hopper.tma.async_copy_global_to_shared(
-        x_desc, [((unit // SPLIT) % m_tiles) * MT, chunk * W], full.index(slot), xs.index(slot), pred=more
+        x_desc, [m_tile * MT, chunk * W], full.index(slot), xs.index(slot), pred=more
     )
 
 
 @gluon.jit
-def following_chunk(unit, chunk, step, blocks, SPLIT: gl.constexpr, CHUNKS: gl.constexpr):
+def following_chunk(unit, m_tile, chunk, step, blocks, m_tiles, n_tiles, SPLIT: gl.constexpr, CHUNKS: gl.constexpr):
     """The chunk of x after this one: of the same unit, or the first of the next one."""
     chunk += 1
     if chunk == end_block(unit, blocks, SPLIT) * CHUNKS:
         unit += step
+        m_tile, _ = place_of(unit, m_tiles, n_tiles, SPLIT)
         chunk = first_block(unit, blocks, SPLIT) * CHUNKS
-    return unit, chunk
+    return unit, m_tile, chunk
 
 
 @gluon.jit(do_not_specialize=["M"])
@@ -205,7 +218,8 @@ def product(
     column_tiles = gl.cdiv(N, 16)
     ZN = gl.cdiv(N, 8)
     m_tiles = gl.cdiv(M, MT)
-    units = gl.cdiv(N, NT) * m_tiles * SPLIT
+    n_tiles = gl.cdiv(N, NT)
+    units = n_tiles * m_tiles * SPLIT
     step = gl.num_programs(0)
 
     xs = gl.allocate_shared_memory(dtype, [STAGES, MT, W], x_desc.layout)
@@ -216,18 +230,19 @@ def product(
 
     unit = gl.program_id(0)
     p_unit = unit  # what is copied into the ring next, and where
+    m_tile, n_tile = place_of(unit, m_tiles, n_tiles, SPLIT)
+    p_m = m_tile
     p_chunk = first_block(p_unit, blocks, SPLIT) * CHUNKS
     for slot in gl.static_range(STAGES - 1):
-        fetch(x_desc, xs, full, slot, p_unit, units, p_chunk, m_tiles, SPLIT, MT, W)
-        p_unit, p_chunk = following_chunk(p_unit, p_chunk, step, blocks, SPLIT, CHUNKS)
+        fetch(x_desc, xs, full, slot, p_m, p_chunk, p_unit < units, MT, W)
+        p_unit, p_m, p_chunk = following_chunk(p_unit, p_m, p_chunk, step, blocks, m_tiles, n_tiles, SPLIT, CHUNKS)
     p_slot = STAGES - 1
 
     at = 0  # slot that is multiplied next
     phase = 0
     # The words, scales and zero points of the first block.
-    tile = unit // SPLIT
     b = first_block(unit, blocks, SPLIT)
-    first = (tile // m_tiles) * NT
+    first = n_tile * NT
     n = gl.minimum(first + gl.arange(0, NT, row_layout), N - 1)
     words = load_words(words_ptr, first // 16, b, blocks, column_tiles, NT)
     group = (b * 8) // GP
@@ -236,18 +251,19 @@ def product(
     while unit < units:
         tile = unit // SPLIT
         part = unit % SPLIT
-        first = (tile // m_tiles) * NT
         end = end_block(unit, blocks, SPLIT)
         b = first_block(unit, blocks, SPLIT)
         acc = hopper.warpgroup_mma_init(gl.zeros((NT, MT), gl.float32, acc_layout))
         before = gl.zeros((NT, W), dtype, a_layout)
         following = unit + step
+        more = following < units
+        next_m, next_n_tile = place_of(following, m_tiles, n_tiles, SPLIT)
         while b < end:
             # Load the next block's words, of this unit or the next one, ahead of their use.
             last = b + 1 == end
-            next_unit = gl.where(last & (following < units), following, unit)
+            next_unit = gl.where(last & more, following, unit)
             next_b = gl.where(last, first_block(next_unit, blocks, SPLIT), b + 1)
-            next_first = ((next_unit // SPLIT) // m_tiles) * NT
+            next_first = gl.where(last & more, next_n_tile * NT, first)
             next_n = gl.minimum(next_first + gl.arange(0, NT, row_layout), N - 1)
             next_words = load_words(words_ptr, next_first // 16, next_b, blocks, column_tiles, NT)
             next_group = (next_b * 8) // GP
@@ -265,8 +281,10 @@ def product(
                 acc, before = hopper.warpgroup_mma_wait(1, deps=[acc, before])
                 acc = hopper.warpgroup_mma_init(acc)
                 before = w
-                fetch(x_desc, xs, full, p_slot, p_unit, units, p_chunk, m_tiles, SPLIT, MT, W)
-                p_unit, p_chunk = following_chunk(p_unit, p_chunk, step, blocks, SPLIT, CHUNKS)
+                fetch(x_desc, xs, full, p_slot, p_m, p_chunk, p_unit < units, MT, W)
+                p_unit, p_m, p_chunk = following_chunk(
+                    p_unit, p_m, p_chunk, step, blocks, m_tiles, n_tiles, SPLIT, CHUNKS
+                )
                 p_slot = gl.where(p_slot + 1 == STAGES, 0, p_slot + 1)
                 at += 1
                 if at == STAGES:
@@ -277,7 +295,6 @@ def product(
             zero = next_zero
             b += 1
         acc = hopper.warpgroup_mma_wait(0, deps=[acc])
-        m0 = (tile % m_tiles) * MT
         done = True
         if SPLIT > 1:
             rows = gl.arange(0, NT, gl.SliceLayout(1, acc_layout))
@@ -299,6 +316,8 @@ def product(
             hopper.tma.store_wait(0)  # of the tile before
             ys.permute((1, 0)).store(acc.to(dtype))
             hopper.fence_async_shared()
-            hopper.tma.async_copy_shared_to_global(y_desc, [m0, first], ys)
+            hopper.tma.async_copy_shared_to_global(y_desc, [m_tile * MT, first], ys)
         unit = following
+        m_tile = next_m
+        first = next_n_tile * NT
     hopper.tma.store_wait(0)

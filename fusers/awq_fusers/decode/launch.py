@@ -15,6 +15,7 @@ from .model import Attention, Norm
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PROGRAMS = 256  # that splitting the keys of an attention aims at: two for each of an H100's 132 multiprocessors
 MOST_SPLITS = 32
+ATTEND_BLOCK, ATTEND_WARPS = 64, 4
 PICK_BLOCK = 2048
 ENDS = 8  # most ids that end a sequence
 
@@ -73,7 +74,7 @@ def gated(x: torch.Tensor, activation: str) -> torch.Tensor:
 
 def attention_block(a: Attention) -> int:
     """Keys in a step of the attention, whose first one is loaded into registers ahead."""
-    return 128 if a.head_dim <= 128 else 32
+    return ATTEND_BLOCK if a.head_dim <= 128 else 32
 
 
 def splits_for(a: Attention, batch: int, capacity: int) -> int:
@@ -148,7 +149,7 @@ class Attend:
             self.counters,
             self.cache.shape[2],
             **self.constants,
-            num_warps=8,
+            num_warps=ATTEND_WARPS,
             num_stages=2,
             **launch_options(qkv.device),
         )
