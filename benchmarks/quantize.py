@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -37,7 +38,7 @@ from awq_core._version import __version__
 from awq_core.cli._small_model import find_dense_model
 
 RESULTS = Path(__file__).parent / "results"
-CONTEXT = 512
+CONTEXT, PART = 512, 128  # tokens of a window, and those whose probabilities are compared at a time
 METHODS = {"rtn": ["--method", "rtn"], "paper": ["--paper"], "awq-core": []}
 
 COMMAND = """
@@ -102,6 +103,7 @@ def main() -> None:
         if saved["about"] != about:
             sys.exit(f"{place} was measured elsewhere or otherwise: choose another --save")
         rows = [Row(**row) for row in saved["rows"]]
+    args.dense_measured = any(row.method == "dense" for row in rows)
     for new in measure(source, args):
         rows = [row for row in rows if row.key != new.key] + [new]
         if place is not None:
@@ -129,8 +131,11 @@ def measure(source: Path, args: argparse.Namespace) -> Iterator[Row]:
     texts = {file.stem: windows(tokenizer, file, args.windows) for file in args.heldout}
     with tempfile.TemporaryDirectory(prefix="awq-bench-") as scratch:
         place = Path(scratch)
-        reference = logits(AutoModelForCausalLM.from_pretrained(source, dtype=dtype), texts)
-        yield Row("dense", None, 0, 0.0, 1.0, {n: perplexity(reference[n], ids) for n, ids in texts.items()}, 0, 0, 0)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        reference = log_probabilities(model, texts)
+        if not args.dense_measured:
+            yield Row("dense", None, 0, *evaluate(model, texts, reference), 0, 0, 0)
+        del model
         for seed in args.seeds:
             dense = permuted(source, seed, place / f"dense-{seed}")
             for group in args.groups:
@@ -141,10 +146,8 @@ def measure(source: Path, args: argparse.Namespace) -> Iterator[Row]:
                     if method != "rtn":
                         options += ["--seed", str(seed), "--calib", str(args.calib)]
                     seconds, cpu, peak = timed(["quantize", str(dense), str(out), *options])
-                    found = logits(AutoModelForCausalLM.from_pretrained(out, dtype=dtype), texts)
-                    kl, top1 = compare(reference, found)
-                    values = {name: perplexity(found[name], ids) for name, ids in texts.items()}
-                    yield Row(method, group, seed, kl, top1, values, seconds, cpu, peak)
+                    scores = evaluate(AutoModelForCausalLM.from_pretrained(out, dtype=dtype), texts, reference)
+                    yield Row(method, group, seed, *scores, seconds, cpu, peak)
 
 
 def timed(arguments: list[str]) -> tuple[float, float, float]:
@@ -171,31 +174,32 @@ def windows(tokenizer: object, file: Path, count: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def logits(model: torch.nn.Module, texts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Of each text, [count, CONTEXT, V]."""
-    model.eval()
-    return {name: torch.cat([model(part).logits for part in ids.split(2)]) for name, ids in texts.items()}
+def log_probabilities(model: torch.nn.Module, texts: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+    """Of each window of each text, [CONTEXT, V]."""
+    return {name: [torch.log_softmax(model(one[None]).logits[0], -1) for one in ids] for name, ids in texts.items()}
 
 
 @torch.inference_mode()
-def perplexity(found: torch.Tensor, ids: torch.Tensor) -> float:
-    total = 0.0
-    for one, tokens in zip(found, ids, strict=True):
-        total -= torch.log_softmax(one[:-1].float(), -1).gather(1, tokens[1:, None]).mean().item()
-    return float(torch.tensor(total / len(ids)).exp())
-
-
-@torch.inference_mode()
-def compare(reference: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> tuple[float, float]:
-    """KL(reference || found) in nats and top-1 agreement, over all tokens of all texts."""
-    kl, same, count = 0.0, 0, 0
-    for name, ours in found.items():
-        for p, q in zip(reference[name], ours, strict=True):
-            p_log, q_log = torch.log_softmax(p.float(), -1), torch.log_softmax(q.float(), -1)
-            kl += (p_log.exp() * (p_log - q_log)).sum().item()
-            same += int((p.argmax(-1) == q.argmax(-1)).sum())
-            count += len(p)
-    return kl / count, same / count
+def evaluate(
+    model: torch.nn.Module, texts: dict[str, torch.Tensor], reference: dict[str, list[torch.Tensor]]
+) -> tuple[float, float, dict[str, float]]:
+    """KL(reference || model) in nats and top-1 agreement over all tokens of all texts; perplexity of each text."""
+    kl, same, count, perplexity = 0.0, 0, 0, {}
+    for name, ids in texts.items():
+        surprise = 0.0
+        for tokens, wanted in zip(ids, reference[name], strict=True):
+            found = model(tokens[None]).logits[0]
+            follow = torch.cat([tokens[1:], tokens[:1]])
+            for p, logits, to in zip(wanted.split(PART), found.split(PART), follow.split(PART), strict=True):
+                q = torch.log_softmax(logits.to(p.dtype), -1)
+                kl += float((p.exp() * (p - q)).sum())
+                same += int((p.argmax(-1) == q.argmax(-1)).sum())
+                told = q.gather(1, to[:, None])
+                surprise -= float(told.sum())
+            surprise += float(told[-1])  # after the last token there is none
+            count += len(tokens)
+        perplexity[name] = math.exp(surprise / (len(ids) * (CONTEXT - 1)))
+    return kl / count, same / count, perplexity
 
 
 def table(rows: list[Row]) -> str:

@@ -246,6 +246,7 @@ def test_a_fold_that_does_not_hold_is_dropped_and_said(ids):
         ("falcon", {}),
         ("mixtral", {}),
         ("qwen3_moe", {"propagate": True}),
+        ("mixtral", {"group_size": 64}),  # all of the inputs of one projection of the experts, half of the other
         ("llama", {"tie_heads": True, "propagate": True, "correct": 0.5}),
         ("llama", {"feedback": False, "clip_qk": False}),
         ("llama", {"scale_steps": 0, "clip": False}),
