@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import dispatch, plugins
-from .dispatch import Plan
+from .dispatch import Plan, Probe
 from .notice import tell
 from .plugins import Registry
 from .reference import BACKEND as REFERENCE
@@ -24,15 +24,25 @@ def select(spec: LinearSpec, request: Request | None = None, *, imagined: bool =
     if request.forced is not None:
         found.backend(request.forced)
     _tell_unknown(request, found)
-    return dispatch.make_plan(
-        spec,
-        list(found.backends.values()),
-        found.layouts,
-        request,
-        None if imagined else plugins.probe,
-        last_resort=REFERENCE,
-        resident=spec.layout if stored else None,
-    )
+    probe, resident = None if imagined else plugins.probe, spec.layout if stored else None
+    plans, asked = _plans_of(found), (spec, request, probe, resident)
+    if asked not in plans:
+        backends = list(found.backends.values())
+        plans[asked] = dispatch.make_plan(
+            spec, backends, found.layouts, request, probe, last_resort=REFERENCE, resident=resident
+        )
+    return plans[asked]
+
+
+Asked = tuple[LinearSpec, Request, Probe | None, str | None]
+_latest: list[tuple[Registry, dict[Asked, Plan]]] = []
+
+
+def _plans_of(found: Registry) -> dict[Asked, Plan]:
+    """The plans made from this registry: a model has hundreds of linears and a handful of shapes."""
+    if not _latest or _latest[0][0] is not found:
+        _latest[:] = [(found, {})]
+    return _latest[0][1]
 
 
 def _tell_unknown(request: Request, found: Registry) -> None:

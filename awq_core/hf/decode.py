@@ -62,7 +62,9 @@ class StaticLayer(DynamicLayer):  # type: ignore[misc]
         storage.values(self.index)[:, :, begin:end] = value_states
         self.length = end
         self._expose()
-        return (key_states, value_states) if begin == 0 else (self.keys, self.values)
+        if begin == 0:
+            return key_states, value_states
+        return self.keys.to(key_states.dtype), self.values.to(value_states.dtype)
 
     def get_seq_length(self) -> int:
         """Tokens cached."""
@@ -95,9 +97,10 @@ class StaticMemory(Cache):  # type: ignore[misc]
     def copied(self, config: Any) -> DynamicCache:
         """What a user may keep: a cache of its own memory."""
         copy = DynamicCache(config=config.get_text_config(decoder=True))
+        dtype = self.session.decoder.dtype  # the memory's may be wider
         for index, layer in enumerate(self.layers):
             layer._expose()
-            copy.update(layer.keys.clone(), layer.values.clone(), index)
+            copy.update(layer.keys.to(dtype, copy=True), layer.values.to(dtype, copy=True), index)
         return copy
 
 

@@ -9,7 +9,8 @@ import torch
 
 from awq_core.api import Codes, Device, LinearSpec, Weight, checkpoint_layout, dequantize
 from awq_core.capability import check
-from awq_cpu import int4pack, packing, prefill
+from awq_cpu import dense as dense_module
+from awq_cpu import int4pack, isa, packing, prefill
 from awq_cpu.plugin import BACKEND, FEW_ROWS
 from awq_cpu.scratch import scratch
 
@@ -218,9 +219,11 @@ def test_bytes_of_int4pack_at_group_64() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", ["int4pack", "unpack_matmul"])
-def test_numerics_bfloat16(shape: tuple[int, int, int], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "fast"), [("int4pack", True), ("unpack_matmul", True), ("unpack_matmul", False)])
+def test_numerics_bfloat16(shape: tuple[int, int, int], name: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "PIECE", 1 << 15)  # so that small weights come in several pieces
+    monkeypatch.setattr(prefill, "ROWS", 100)  # and many rows, too
+    monkeypatch.setattr(prefill, "fast_bfloat16", lambda: fast)
     spec = spec_of(*shape)
     tensors = INT4PACK.prepare(spec, checkpoint_of(spec))
     before = {n: t.clone() for n, t in tensors.items()}
@@ -234,8 +237,10 @@ def test_numerics_bfloat16(shape: tuple[int, int, int], name: str, monkeypatch: 
     assert same(tensors, before)
 
 
-def test_numerics_exact_of_every_code() -> None:
+@pytest.mark.parametrize("fast", [True, False])
+def test_numerics_exact_of_every_code(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scales that bfloat16 holds and one input at a time: both kernels give the weight itself, zero points 0 and 15."""
+    monkeypatch.setattr(prefill, "fast_bfloat16", lambda: fast)
     spec = spec_of(80, 64, 32)
     stored = checkpoint_layout("gemm").pack(replace(codes_of(spec), scales=torch.full((2, 80), 0.5).half()))
     tensors = INT4PACK.prepare(spec, stored)
@@ -247,7 +252,11 @@ def test_numerics_exact_of_every_code() -> None:
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("float16", 1e-3), ("bfloat16", 8e-3)])
 @pytest.mark.parametrize("shape", [(8, 48, 16), (72, 128, 64), (192, 576, 64)])
-def test_numerics_dense(dtype: str, limit: float, shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("fast", [True, False])
+def test_numerics_dense(
+    dtype: str, limit: float, shape: tuple[int, int, int], fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense_module, "fast_bfloat16", lambda: fast)
     spec = spec_of(*shape, dtype=dtype)
     stored = checkpoint_of(spec)
     tensors = DENSE.prepare(spec, stored)
@@ -260,6 +269,24 @@ def test_numerics_dense(dtype: str, limit: float, shape: tuple[int, int, int]) -
         with_bias = KERNELS["dense"].apply(weight, x, bias.to(DTYPES[dtype]))
         assert error(with_bias, x.to(torch.float32) @ dense + bias) < limit
     assert torch.equal(tensors["dense"], dense.t().to(DTYPES[dtype]))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "fast"),
+    [
+        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"architecture": "x86_64", "avx512_bf16": True}, True),
+        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": True}, True),
+        ({"architecture": "aarch64"}, True),
+        (None, True),  # a PyTorch that does not tell
+    ],
+)
+def test_which_processors_multiply_bfloat16(
+    capabilities: dict[str, object] | None, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tell = None if capabilities is None else lambda: capabilities
+    monkeypatch.setattr(torch.cpu, "get_capabilities", tell, raising=False)
+    assert isa.fast_bfloat16.__wrapped__() is fast
 
 
 def test_two_threads_do_not_share_buffers() -> None:
@@ -291,7 +318,7 @@ def test_buffers_of_inference_mode_serve_afterwards() -> None:
         with torch.inference_mode():
             weight = Weight(spec, INT4PACK, INT4PACK.prepare(spec, checkpoint_of(spec)))
             found.append(prefill.apply(weight, x, None))
-        assert not scratch("dense", (1,), torch.bfloat16).is_inference()
+        assert not scratch("weight", (1,), torch.float32).is_inference()
         with torch.no_grad():
             found.append(prefill.apply(weight, x, None))
         found.append(prefill.apply(weight, x, None))

@@ -15,25 +15,27 @@ import torch
 from awq_core.api import LinearSpec, Weight, checkpoint_layout
 from awq_core.api import dequantize as dense_of
 
+from .isa import fast_bfloat16
 from .scratch import scratch
 
 DENSE = "dense"
 
 
-FEW_ROWS = 8  # up to here PyTorch's float16 matmul is the faster one
+FEW_ROWS = 8  # up to here PyTorch's own matmul of 16-bit numbers is the faster one
 PIECE = 1 << 18  # weights that are widened at once: 1 MiB
 
 
 def apply(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``F.linear``: x [M, K] to [M, N], bias [N] or None."""
     dense = weight.tensors[DENSE]
-    if x.dtype == torch.float16 and x.shape[0] > FEW_ROWS:
+    slow = x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not fast_bfloat16())
+    if slow and x.shape[0] > FEW_ROWS:
         return _widened(dense, x, bias)
     return torch.nn.functional.linear(x, dense, bias)
 
 
 def _widened(dense: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The same in float32, a piece of the weight at a time: many rows in float16 are several times slower."""
+    """The same in float32, a piece of the weight at a time: many rows in 16 bits are several times slower."""
     out_features, in_features = dense.shape
     wide, y = x.float(), x.new_empty(x.shape[0], out_features)
     step = max(1, PIECE // in_features)

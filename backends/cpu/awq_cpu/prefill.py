@@ -1,7 +1,8 @@
 """``unpack_matmul``: many rows of activations on the bytes of ``cpu_int4pack``, through a dense bfloat16 matmul.
 
 PyTorch's int4 kernel takes time in proportion to M; a dense bfloat16 matmul is far faster a row but needs a dense
-weight. So the weight is made dense for one call, some columns at a time, in buffers that are used again and again.
+weight. So the weight is made dense for one call, some columns at a time, in buffers that are used again and again;
+in float32 where the processor has no bfloat16 instructions, because there the float32 matmul is the fast one.
 Each pass is one vectorized PyTorch operation over long rows. The only one that moves short runs (half a block) is a
 copy of three dimensions, several times as fast as the same one of four; it also widens the codes to float32.
 """
@@ -16,10 +17,12 @@ import torch
 from awq_core.api import Weight
 
 from . import int4pack
+from .isa import fast_bfloat16
 from .packing import Section, block_rows, sections
 from .scratch import scratch, views
 
 PIECE = 1 << 20  # weights that are made dense at once: 4 MiB in float32, 2 MiB in bfloat16
+ROWS = 1024  # rows of a float32 product that are held at once
 HIGH_HALF = -(1 << 16)
 
 
@@ -36,7 +39,6 @@ class Buffers(NamedTuple):
     zero_terms: torch.Tensor
     grouped: torch.Tensor  # ``weight`` as [G, K/G, n]
     weight: torch.Tensor  # float32 [K, n]
-    dense: torch.Tensor  # bfloat16 [K, n]
 
 
 def apply(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -46,20 +48,39 @@ def apply(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.T
         return int4pack.apply(weight, x, bias)
     packed, pairs = weight.tensors["packed"], weight.tensors["scale_and_zero"]
     pieces = _pieces(packed.shape[0], x.shape[1], block, PIECE)
+    if not fast_bfloat16():
+        return _wide(pieces, packed, pairs, x)
     if len(pieces) == 1:
-        return torch.mm(x, dense_columns(pieces[0], packed, pairs))
+        return torch.mm(x, _rounded(dense_columns(pieces[0], packed, pairs)))
     y = x.new_empty(x.shape[0], packed.shape[0])
     for piece in pieces:
         columns = slice(piece.first, piece.last)
-        torch.mm(x, dense_columns(piece, packed, pairs[:, columns]), out=y[:, columns])
+        torch.mm(x, _rounded(dense_columns(piece, packed, pairs[:, columns])), out=y[:, columns])
     return y
 
 
-def dense_columns(piece: Section, packed: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
-    """The weight of the output rows of ``piece``, bfloat16 [K, n], in scratch; ``pairs`` are theirs, [G, n, 2].
+def _wide(pieces: tuple[Section, ...], packed: torch.Tensor, pairs: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The same product in float32, rounded once at the end."""
+    y, wide = x.new_empty(x.shape[0], packed.shape[0]), x.float()
+    for piece in pieces:
+        columns = slice(piece.first, piece.last)
+        weight = dense_columns(piece, packed, pairs[:, columns])
+        for first in range(0, x.shape[0], ROWS):
+            some = wide[first : first + ROWS]
+            product = scratch("product", (some.shape[0], weight.shape[1]), torch.float32)
+            y[first : first + ROWS, columns] = torch.mm(some, weight, out=product)
+    return y
 
-    ``w = (code - 8) * scale + zero_term``, in float32, rounded once. A bfloat16 is the high half of a float32, and a
-    pair is one 32-bit word: two integer operations spread it.
+
+def _rounded(weight: torch.Tensor) -> torch.Tensor:
+    return scratch("dense", tuple(weight.shape), torch.bfloat16).copy_(weight)
+
+
+def dense_columns(piece: Section, packed: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+    """The weight of the output rows of ``piece``, float32 [K, n], in scratch; ``pairs`` are theirs, [G, n, 2].
+
+    ``w = (code - 8) * scale + zero_term``. A bfloat16 is the high half of a float32, and a pair is one 32-bit word: two
+    integer operations spread it.
     """
     stored = piece.bytes_of(packed)
     groups, n, _ = pairs.shape
@@ -73,7 +94,7 @@ def dense_columns(piece: Section, packed: torch.Tensor, pairs: torch.Tensor) -> 
     torch.bitwise_and(words, HIGH_HALF, out=b.zero_words)
     b.zero_terms.sub_(b.scales, alpha=8)
     torch.addcmul(b.zero_terms, b.grouped, b.scales, out=b.grouped)
-    return b.dense.copy_(b.weight)
+    return b.weight
 
 
 @functools.lru_cache(maxsize=256)
@@ -108,5 +129,4 @@ def _buffers(in_features: int, n: int, groups: int, run: int) -> Buffers:
         zero_terms,
         weight.view(groups, -1, n),
         weight,
-        scratch("dense", (in_features, n), torch.bfloat16),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class Engine:
         self.storage: Storage | None = None
         self.sessions: dict[int, Session] = {}
         self.reason: str | None = None
+        self.int8_head = False
         self._marks: list[int] = []
         self._lock = threading.Lock()
         self.refresh()
@@ -54,12 +56,18 @@ class Engine:
         self.release()
         self._marks = marks
         try:
-            self.decoder, self.reason = read(self.model, self.joined), None
+            self.decoder, self.reason = replace(read(self.model, self.joined), int8_head=self.int8_head), None
         except Unsupported as error:
             self.decoder, self.reason = None, str(error)
         except AttributeError as error:  # a module without a part that its class always has
             self.decoder, self.reason = None, f"its modules are not as expected: {error}"
         return self.reason
+
+    def read_head_in_int8(self, asked: bool) -> None:
+        """From the next step on: whether the head is read in 8 bits where it can be (``int8_head``)."""
+        with self._lock:
+            self.int8_head, self._marks = asked, []
+            self.refresh()
 
     def release(self) -> None:
         """Free the static memory and the graphs."""

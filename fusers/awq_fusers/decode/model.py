@@ -68,7 +68,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A whole decoder. ``ropes`` gives for each kind of layer the function ``(length, dtype) -> (cos, sin)`` [S, R]."""
+    """A whole decoder. ``ropes`` gives for each kind of layer the function ``(length, dtype) -> (cos, sin)`` [S, R].
+
+    ``int8_head``: the user lets the head be read in 8 bits where that is faster.
+    """
 
     embedding: torch.Tensor
     layers: tuple[Layer, ...]
@@ -77,6 +80,7 @@ class Decoder:
     ropes: dict[str, Rope]
     embedding_scale: torch.Tensor | None = None
     softcap: float | None = None
+    int8_head: bool = False
 
     @property
     def device(self) -> torch.device:

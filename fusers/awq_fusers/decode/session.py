@@ -119,4 +119,8 @@ def make_step(decoder: Decoder, storage: Storage) -> Step:
         except ImportError:  # no Triton
             return TorchStep(decoder, storage)
         return GraphedStep(decoder, storage)
+    if storage.batch == 1 and storage.dtype == torch.float32:
+        from .row_step import RowStep
+
+        return RowStep(decoder, storage)
     return TorchStep(decoder, storage)

@@ -26,6 +26,7 @@ class TorchStep:
 
     def __init__(self, decoder: Decoder, storage: Storage) -> None:
         self.batch = batch = storage.batch
+        self.cached = storage.dtype
         self.embedding, self.scale = decoder.embedding, decoder.embedding_scale
         self.tables = {kind: _Rope(cos, sin) for kind, (cos, sin) in rope_tables(decoder, storage.capacity).items()}
         self.layers = [
@@ -33,14 +34,14 @@ class TorchStep:
             for i, layer in enumerate(decoder.layers)
         ]
         self.norm = norm_op(decoder.norm, batch)
-        self.head, self.softcap = head_op(decoder.head, batch), decoder.softcap
+        self.head, self.softcap = head_op(decoder.head, batch, decoder.int8_head), decoder.softcap
 
     def __call__(self, tokens: torch.Tensor, length: int, pads: torch.Tensor | None) -> torch.Tensor:
         """``length`` tokens are cached; ``pads`` [B] is how many of them are padding at the left (None: none)."""
         x = F.embedding(tokens, self.embedding)
         if self.scale is not None:
             x = x * self.scale
-        mask = None if pads is None else padding_mask(pads, length + 1, x.dtype)
+        mask = None if pads is None else padding_mask(pads, length + 1, self.cached)
         for table in self.tables.values():
             table.at(length, pads)
         for layer in self.layers:
@@ -89,7 +90,8 @@ class _LayerStep:
         self.qkv, self.o = joined(a.qkv, batch), bound(a.o, batch)
         self.gate_up, self.down = joined(layer.mlp.gate_up, batch), bound(layer.mlp.down, batch)
         self.act = _activation(layer.mlp.activation)
-        self.rope, self.cache, self.attend = rope, cache, _attend_op(a, cache)
+        self.rope, self.cache, self.attend = rope, cache, attend_op(a, cache)
+        self.widens = cache.dtype != layer.before_attention.weight.dtype
         self.shape = (batch, a.heads + 2 * a.kv_heads, a.head_dim)
         self.heads, self.turned = a.heads, a.heads + a.kv_heads
         self.grouped = (batch, a.kv_heads, a.heads // a.kv_heads, a.head_dim)
@@ -101,7 +103,11 @@ class _LayerStep:
             qkv[:, self.heads : self.turned] = self.k_norm(qkv[:, self.heads : self.turned])
         self.rope.turn(qkv[:, : self.turned])
         self.cache[:, :, length].copy_(qkv[:, self.heads :])
-        y = self.attend(qkv[:, : self.heads].view(self.grouped), length + 1, mask)
+        q = qkv[:, : self.heads].view(self.grouped)
+        if self.widens:
+            y = self.attend(q.to(self.cache.dtype), length + 1, mask).to(x.dtype)
+        else:
+            y = self.attend(q, length + 1, mask)
         y = self.o(y.reshape(self.shape[0], -1))
         if self.after_attention is not None:
             y = self.after_attention(y)
@@ -146,7 +152,8 @@ def padding_mask(pads: torch.Tensor, length: int, dtype: torch.dtype) -> torch.T
     return torch.zeros(hidden.shape, dtype=dtype, device=pads.device).masked_fill_(hidden, -math.inf)[:, None, None]
 
 
-def _attend_op(a: Attention, cache: torch.Tensor) -> Callable[[torch.Tensor, int, torch.Tensor | None], torch.Tensor]:
+def attend_op(a: Attention, cache: torch.Tensor) -> Callable[[torch.Tensor, int, torch.Tensor | None], torch.Tensor]:
+    """Attention over the first tokens of ``cache`` [B, 2 * kv_heads, capacity, D], queries in its dtype."""
     keys, values, window, scaling, softcap = (
         cache[:, : a.kv_heads],
         cache[:, a.kv_heads :],
@@ -177,4 +184,4 @@ def _attend_op(a: Attention, cache: torch.Tensor) -> Callable[[torch.Tensor, int
     return attend
 
 
-__all__ = ["TorchStep", "norm_op", "padding_mask"]
+__all__ = ["TorchStep", "attend_op", "norm_op", "padding_mask"]

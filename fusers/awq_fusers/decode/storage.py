@@ -7,6 +7,7 @@ import torch
 from .model import Decoder
 
 STEP = 64  # capacities are multiples of this many tokens
+WIDE_BYTES = 1 << 30  # up to which keys and values of 16-bit models are kept in float32 on a CPU
 SPARE = 4  # tokens at the end that no generation uses: the runs before a graph's capture write there
 
 
@@ -23,18 +24,20 @@ def outside_inference_mode() -> torch.inference_mode:
 class Storage:
     """Keys and values of ``batch`` sequences of at most ``capacity`` tokens.
 
-    ``layers[i]`` is [batch, 2 * kv_heads, capacity, head_dim], the keys' heads first, so that one copy writes both.
+    ``layers[i]`` is [batch, 2 * kv_heads, capacity, head_dim], the keys' heads first, so that one copy writes both; in
+    the model's ``dtype``, or float32 (``storage_dtype``).
     """
 
     def __init__(self, decoder: Decoder, batch: int, capacity: int) -> None:
         self.batch, self.capacity = batch, capacity
+        self.dtype = storage_dtype(decoder, batch * capacity)
         self.layers: list[torch.Tensor] = []
         with outside_inference_mode():
             for layer in decoder.layers:
                 a = layer.attention
                 shape = (batch, 2 * a.kv_heads, capacity, a.head_dim)
                 # zeros: a masked position is multiplied by a weight of 0, and 0 times garbage may be NaN
-                self.layers.append(torch.zeros(shape, dtype=decoder.dtype, device=decoder.device))
+                self.layers.append(torch.zeros(shape, dtype=self.dtype, device=decoder.device))
         self.heads = [layer.attention.kv_heads for layer in decoder.layers]
 
     def keys(self, layer: int) -> torch.Tensor:
@@ -48,9 +51,17 @@ class Storage:
     def first(self, batch: int) -> Storage:
         """The part of the first ``batch`` sequences, in the same memory."""
         part = object.__new__(Storage)
-        part.batch, part.capacity, part.heads = batch, self.capacity, self.heads
+        part.batch, part.capacity, part.heads, part.dtype = batch, self.capacity, self.heads, self.dtype
         part.layers = [layer[:batch] for layer in self.layers]
         return part
+
+
+def storage_dtype(decoder: Decoder, tokens: int) -> torch.dtype:
+    """float32 on a CPU where that is not much memory: attention is faster in it. Else the model's dtype."""
+    if decoder.device.type != "cpu":
+        return decoder.dtype
+    numbers = sum(2 * layer.attention.kv_heads * layer.attention.head_dim for layer in decoder.layers) * tokens
+    return torch.float32 if 4 * numbers <= WIDE_BYTES else decoder.dtype
 
 
 def rope_tables(decoder: Decoder, capacity: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
