@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
 import triton
@@ -30,6 +31,17 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+_threads = threading.local()
+
+
+def enter(device: torch.device) -> None:
+    """Make the device's context that of this thread: descriptors are made before the launch that would do so."""
+    seen: set[torch.device] = _threads.__dict__.setdefault("seen", set())
+    if device not in seen:
+        torch.zeros(1, device=device)
+        seen.add(device)
+
+
 def product(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [M, K] to [M, N], float32 accumulation; core adds the bias."""
     spec, t = weight.spec, weight.tensors
@@ -42,6 +54,7 @@ def product(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch
     tiles = triton.cdiv(n, way.n) * triton.cdiv(rows, way.m)
     if tiles > COUNTERS:
         split = 1
+    enter(x.device)
     if x.data_ptr() % 16:  # copies of tiles begin at multiples of 16 bytes
         x = x.clone()
     y = x.new_empty(rows, n)
