@@ -3,9 +3,11 @@
 Each seed is one permutation of the model's channels and one draw of calibration windows. The permutation computes the
 same function and hides that SmolLM2's weights come from a GGUF file, whose blocks of 32 would flatter some methods.
 Each run is a process of its own, so that its time and peak memory are its own. KL(dense || quantized), top-1 agreement
-and perplexity are taken over the same windows of the held-out texts, in bfloat16, through the kernels that a user gets.
+and perplexity are taken over the same windows of the held-out texts, through the kernels that a user gets.
 
-    python benchmarks/quantize.py --calib DIR --heldout FILE [FILE ...] --seeds 3 --groups 192 64 32 --save NAME
+    python benchmarks/quantize.py --calib DIR --heldout FILE [FILE ...] --seeds 0 1 2 --groups 192 64 32 --save NAME
+
+With ``--save`` rows are added to those of earlier runs of that name, so that a long comparison can be cut in pieces.
 
 Without texts of your own it calibrates on one of those that travel with awq-core and measures on the other.
 """
@@ -14,8 +16,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -24,16 +26,36 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
+import transformers
+from _permute import permuted
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import awq_core
+from awq_core._version import __version__
 from awq_core.cli._small_model import find_dense_model
 
 RESULTS = Path(__file__).parent / "results"
-CONTEXT = 512
+CONTEXT, PART = 512, 128  # tokens of a window, and those whose probabilities are compared at a time
 METHODS = {"rtn": ["--method", "rtn"], "paper": ["--paper"], "awq-core": []}
+
+COMMAND = """
+import atexit, resource
+from pathlib import Path
+
+def used():
+    spent = resource.getrusage(resource.RUSAGE_SELF)
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    own = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
+    print(spent.ru_utime + spent.ru_stime, (own[0] if own else spent.ru_maxrss) * 1024 / 1e9)
+
+atexit.register(used)
+from awq_core.cli import main
+main()
+"""
 
 
 @dataclass
@@ -50,6 +72,11 @@ class Row:
     cpu_seconds: float
     peak_gb: float
 
+    @property
+    def key(self) -> tuple[str, int | None, int]:
+        """What is measured once."""
+        return self.method, self.group, self.seed
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -57,9 +84,10 @@ def main() -> None:
     parser.add_argument("--calib", type=Path, help="calibration text, a file or folder")
     parser.add_argument("--heldout", type=Path, nargs="+", help="texts to measure on")
     parser.add_argument("--groups", type=int, nargs="+", default=[64])
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--windows", type=int, default=8, help=f"of {CONTEXT} tokens, from each held-out text")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="in which to measure")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--save", metavar="NAME", help="also write results/quantize-NAME.txt and .json")
     args = parser.parse_args()
@@ -68,24 +96,47 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     awq_core.enable()
     source = args.model or find_dense_model(lambda text: print(text, file=sys.stderr))
-    rows = list(measure(source, args))
-    text = machine() + "\n" + table(rows)
-    if args.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"quantize-{args.save}.txt").write_text(text + "\n")
-        (RESULTS / f"quantize-{args.save}.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    print(json.dumps([asdict(row) for row in rows], indent=1) if args.json else text)
+    place = RESULTS / f"quantize-{args.save}.json" if args.save else None
+    about, rows = machine(args), []
+    if place is not None and place.exists():
+        saved = json.loads(place.read_text())
+        if saved["about"] != about:
+            sys.exit(f"{place} was measured elsewhere or otherwise: choose another --save")
+        rows = [Row(**row) for row in saved["rows"]]
+    args.dense_measured = any(row.method == "dense" for row in rows)
+    for new in measure(source, args):
+        rows = [row for row in rows if row.key != new.key] + [new]
+        if place is not None:
+            save(place, about, rows)
+    data = {"about": about, "rows": [asdict(row) for row in rows]}
+    print(json.dumps(data, indent=1) if args.json else text(about, rows))
+
+
+def save(place: Path, about: dict[str, Any], rows: list[Row]) -> None:
+    """As data, and as a table beside it."""
+    place.parent.mkdir(exist_ok=True)
+    lines = ",\n  ".join(json.dumps(asdict(row)) for row in rows)
+    place.write_text(f'{{"about": {json.dumps(about)},\n "rows": [\n  {lines}]}}\n')
+    place.with_suffix(".txt").write_text(text(about, rows) + "\n")
+
+
+def text(about: dict[str, Any], rows: list[Row]) -> str:
+    """What a person reads."""
+    return "\n".join([*(f"{name}: {value}" for name, value in about.items()), "", table(rows)])
 
 
 def measure(source: Path, args: argparse.Namespace) -> Iterator[Row]:
     """A row for each seed, group size and method."""
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer, dtype = AutoTokenizer.from_pretrained(source), getattr(torch, args.dtype)
     texts = {file.stem: windows(tokenizer, file, args.windows) for file in args.heldout}
     with tempfile.TemporaryDirectory(prefix="awq-bench-") as scratch:
         place = Path(scratch)
-        reference = logits(AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16), texts)
-        yield Row("dense", None, 0, 0.0, 1.0, {n: perplexity(reference[n], ids) for n, ids in texts.items()}, 0, 0, 0)
-        for seed in range(args.seeds):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        reference = log_probabilities(model, texts)
+        if not args.dense_measured:
+            yield Row("dense", None, 0, *evaluate(model, texts, reference), 0, 0, 0)
+        del model
+        for seed in args.seeds:
             dense = permuted(source, seed, place / f"dense-{seed}")
             for group in args.groups:
                 for method in args.methods:
@@ -95,22 +146,23 @@ def measure(source: Path, args: argparse.Namespace) -> Iterator[Row]:
                     if method != "rtn":
                         options += ["--seed", str(seed), "--calib", str(args.calib)]
                     seconds, cpu, peak = timed(["quantize", str(dense), str(out), *options])
-                    found = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16), texts)
-                    kl, top1 = compare(reference, found)
-                    values = {name: perplexity(found[name], ids) for name, ids in texts.items()}
-                    yield Row(method, group, seed, kl, top1, values, seconds, cpu, peak)
+                    scores = evaluate(AutoModelForCausalLM.from_pretrained(out, dtype=dtype), texts, reference)
+                    yield Row(method, group, seed, *scores, seconds, cpu, peak)
 
 
 def timed(arguments: list[str]) -> tuple[float, float, float]:
-    """Wall time, processor time and peak memory (GB) of an ``awq`` command."""
+    """Wall time, processor time and peak memory (GB) of an ``awq`` command.
+
+    Linux keeps the peak of the process that started another one in the other's ``ru_maxrss``, so that there the peak is
+    taken from the command's own address space.
+    """
     started = time.perf_counter()
-    command = [sys.executable, "-c", "from awq_core.cli import main; main()", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)  # wait4 took it from Popen
+    process = subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], stdout=subprocess.PIPE, text=True)
+    said, _ = process.communicate()
     if process.returncode:
         sys.exit(f"awq {' '.join(arguments)} failed")
-    return time.perf_counter() - started, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e9
+    cpu, peak = (float(part) for part in said.splitlines()[-1].split())
+    return time.perf_counter() - started, cpu, peak
 
 
 def windows(tokenizer: object, file: Path, count: int) -> torch.Tensor:
@@ -122,76 +174,42 @@ def windows(tokenizer: object, file: Path, count: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def logits(model: torch.nn.Module, texts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Of each text, [count, CONTEXT, V] in bfloat16."""
-    model.eval()
-    return {name: torch.cat([model(part).logits.bfloat16() for part in ids.split(2)]) for name, ids in texts.items()}
+def log_probabilities(model: torch.nn.Module, texts: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+    """Of each window of each text, [CONTEXT, V]."""
+    return {name: [torch.log_softmax(model(one[None]).logits[0], -1) for one in ids] for name, ids in texts.items()}
 
 
 @torch.inference_mode()
-def perplexity(found: torch.Tensor, ids: torch.Tensor) -> float:
-    total = 0.0
-    for one, tokens in zip(found, ids, strict=True):
-        total -= torch.log_softmax(one[:-1].float(), -1).gather(1, tokens[1:, None]).mean().item()
-    return float(torch.tensor(total / len(ids)).exp())
-
-
-@torch.inference_mode()
-def compare(reference: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> tuple[float, float]:
-    """KL(reference || found) in nats and top-1 agreement, over all tokens of all texts."""
-    kl, same, count = 0.0, 0, 0
-    for name, ours in found.items():
-        for p, q in zip(reference[name], ours, strict=True):
-            p_log, q_log = torch.log_softmax(p.float(), -1), torch.log_softmax(q.float(), -1)
-            kl += (p_log.exp() * (p_log - q_log)).sum().item()
-            same += int((p.argmax(-1) == q.argmax(-1)).sum())
-            count += len(p)
-    return kl / count, same / count
-
-
-def permuted(source: Path, seed: int, out: Path) -> Path:
-    """The same function with its channels in another order: residual stream, MLP and each kv head."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-    config = model.config
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randperm(config.hidden_size, generator=generator)
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads, kv = config.num_attention_heads, config.num_key_value_heads
-
-    def take(tensor: torch.Tensor, order: torch.Tensor, axis: int) -> None:
-        tensor.data = tensor.data.index_select(axis, order).contiguous()
-
-    take(model.model.embed_tokens.weight, hidden, 1)
-    if not config.tie_word_embeddings:
-        take(model.lm_head.weight, hidden, 1)
-    take(model.model.norm.weight, hidden, 0)
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            take(norm.weight, hidden, 0)
-        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
-            take(linear.weight, hidden, 1)
-        for linear in (attention.o_proj, mlp.down_proj):
-            take(linear.weight, hidden, 0)
-        inner = torch.randperm(config.intermediate_size, generator=generator)
-        take(mlp.gate_proj.weight, inner, 0)
-        take(mlp.up_proj.weight, inner, 0)
-        take(mlp.down_proj.weight, inner, 1)
-        orders = [torch.randperm(size, generator=generator) for _ in range(kv)]
-        take(attention.v_proj.weight, torch.cat([i * size + order for i, order in enumerate(orders)]), 0)
-        from_v = torch.cat([i * size + orders[i * kv // heads] for i in range(heads)])
-        take(attention.o_proj.weight, from_v, 1)
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(source).save_pretrained(out)
-    return out
+def evaluate(
+    model: torch.nn.Module, texts: dict[str, torch.Tensor], reference: dict[str, list[torch.Tensor]]
+) -> tuple[float, float, dict[str, float]]:
+    """KL(reference || model) in nats and top-1 agreement over all tokens of all texts; perplexity of each text."""
+    kl, same, count, perplexity = 0.0, 0, 0, {}
+    for name, ids in texts.items():
+        surprise = 0.0
+        for tokens, wanted in zip(ids, reference[name], strict=True):
+            found = model(tokens[None]).logits[0]
+            follow = torch.cat([tokens[1:], tokens[:1]])
+            for p, logits, to in zip(wanted.split(PART), found.split(PART), follow.split(PART), strict=True):
+                q = torch.log_softmax(logits.to(p.dtype), -1)
+                kl += float((p.exp() * (p - q)).sum())
+                same += int((p.argmax(-1) == q.argmax(-1)).sum())
+                told = q.gather(1, to[:, None])
+                surprise -= float(told.sum())
+            surprise += float(told[-1])  # after the last token there is none
+            count += len(tokens)
+        perplexity[name] = math.exp(surprise / (len(ids) * (CONTEXT - 1)))
+    return kl / count, same / count, perplexity
 
 
 def table(rows: list[Row]) -> str:
     """Means over the seeds."""
     names = list(rows[0].perplexity)
-    lines = [" | ".join(["method", "group", "seeds", "KL", "top-1", *names, "seconds", "CPU s", "peak GB"])]
-    keys = dict.fromkeys((row.method, row.group) for row in rows)
-    for method, group in keys:
+    head = ["method", "group", "seeds", "KL", "top-1", *(f"ppl {n}" for n in names), "seconds", "CPU s", "peak GB"]
+    lines = [" | ".join(head)]
+    order = {name: number for number, name in enumerate(METHODS)}
+    keys = {(row.method, row.group) for row in rows}
+    for method, group in sorted(keys, key=lambda key: (key[1] or 0, order.get(key[0], 0))):
         own = [row for row in rows if (row.method, row.group) == (method, group)]
         kls = [row.kl for row in own]
         spread = f" ({min(kls):.4f}-{max(kls):.4f})" if len(own) > 1 else ""
@@ -203,8 +221,19 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> str:
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on, beside awq-core."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return {
+        "processor": f"{next(names, 'unknown')}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, awq-core {__version__}",
+        "calibration": args.calib.name,
+        "heldout": [file.name for file in args.heldout],
+        "measured": f"{args.windows} windows of {CONTEXT} tokens of each text, {args.dtype}",
+    }
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 # Two words to eight registers, each a pair of neighbouring k of one plane. 0x6400 is 1024 in float16, so that a nibble
 # in the lowest bits makes 1024 + q; 0x5400 is 64 and its last four bits lie one nibble up, which makes 64 + q without
@@ -210,6 +211,43 @@ def block_of(words_ptr, tile, b, blocks, tiles, NT: tl.constexpr, FULL: tl.const
     words = tl.load(words_ptr + at + b * 256)
     words = tl.permute(tl.reshape(words, (2, T, 8, 4, 2, 2)), (1, 4, 2, 0, 3, 5))  # tile, h, g, c, t, p
     return tl.reshape(words, (NT, 16))
+
+
+@triton.jit
+def fetch_ahead(words_ptr, tile, part, K, N, NT: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr):
+    """Bring the words of the first AHEAD blocks of ``accumulate`` into the L2; nothing waits for them."""
+    T: tl.constexpr = NT // 16
+    blocks = tl.cdiv(K, 128)
+    each = tl.cdiv(blocks, SPLIT)
+    e = tl.arange(0, T * AHEAD * 8)  # column tile, block, line of 128 bytes
+    block = tl.minimum(part * each + (e // 8) % AHEAD, blocks - 1)
+    column_tile = tl.minimum(tile + e // (AHEAD * 8), tl.cdiv(N, 16) - 1)
+    at = words_ptr + (column_tile * blocks + block) * 256 + (e % 8) * 32
+    prefetch(at)
+
+
+@triton.jit
+def prefetch(at):
+    """Bring the lines of 128 bytes at these addresses into the L2."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def wait_for_inputs():
+    """Wait until the kernel before has written its results.
+
+    Under programmatic dependent launch a kernel begins while the one before it still runs. What comes before this call
+    must read nothing that the kernel before writes, and write nothing.
+    """
+    cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_begin():
+    """Once every program of this kernel has said so, the next kernel may begin, and wait for this one to end."""
+    cuda.gdc_launch_dependents()
 
 
 @triton.jit

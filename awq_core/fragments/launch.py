@@ -29,6 +29,17 @@ def joins(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
 
 
+@functools.cache
+def overlaps(device: torch.device) -> bool:
+    """Whether kernels may begin before the one before them ends (programmatic dependent launch, from sm90 on)."""
+    return ptx() and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """Launch options of a kernel that calls ``wait_for_inputs`` where ``overlaps`` says so."""
+    return {"launch_pdl": True} if overlaps(device) else {}
+
+
 def counters(device: torch.device) -> torch.Tensor:
     """Zeros in which the parts of a tile count themselves; every kernel leaves them at zero.
 

@@ -145,7 +145,7 @@ def _replace_experts(
             raise CheckpointError(f"{path}: the checkpoint has no quantized {' and '.join(missing)} of these experts")
         count, two_n, k = old.gate_up_proj.shape
         wanted = {"gate_up_proj": (k, two_n // 2, 2 * count), "down_proj": (two_n // 2, k, count)}
-        kinds = set()
+        layouts, sizes, whole = set(), set(), True
         for part, (in_features, out_features, number) in wanted.items():
             if len(parts[part]) != number:
                 raise CheckpointError(
@@ -153,12 +153,13 @@ def _replace_experts(
                 )
             for name, found in parts[part]:
                 _check_shape(name, found, in_features, out_features, headers)
-                kinds.add((found.layout, found.group_size if found.group_size != found.in_features else -1))
-        if len(kinds) > 1:
-            raise LayoutError(
-                f"{path}: its experts differ in layout or group size ({sorted(kinds)}), which cannot be joined"
-            )
-        layout, group_size = kinds.pop()
+                layouts.add(found.layout)
+                sizes.add(found.group_size)
+                whole &= found.group_size == found.in_features
+        if len(layouts) > 1 or (len(sizes) > 1 and not whole):
+            said = f"layouts {', '.join(sorted(layouts))}, group sizes {', '.join(map(str, sorted(sizes)))}"
+            raise LayoutError(f"{path}: its experts differ in layout or group size ({said}), which cannot be joined")
+        layout, group_size = layouts.pop(), sizes.pop() if len(sizes) == 1 else -1
         first = parts["gate_up_proj"][0][0]
         new = AwqExperts(
             count,

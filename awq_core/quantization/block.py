@@ -17,7 +17,7 @@ from .clip import search_ranges
 from .correct import corrected
 from .feedback import round_with_feedback
 from .fold import Group, fold
-from .grid import fit, ranges
+from .grid import Grid, fit, ranges
 from .moments import Moments, inputs_of
 from .scales import Target, quadratic, search_scales
 from .settings import Settings
@@ -144,12 +144,17 @@ def _scale(
         settings.scale_steps,
         settings.duo_scaling,
         group.tie,
+        settings.coarse,
     )
     entry |= {"nearest": found.plain, "scaled": found.loss, "ratio": found.ratio}
     if found.ratio is None:
         return squares
     result.dense |= dict.fromkeys(fold(block, group, found.scales), torch.empty(0))
-    return {name: square / found.scales.unsqueeze(1) / found.scales for name, square in squares.items()}
+    outer = torch.outer(found.scales, found.scales)
+    scaled: dict[str, torch.Tensor] = {}
+    for names in group.inputs:
+        scaled |= dict.fromkeys(names, squares[names[0]] / outer)
+    return scaled
 
 
 def _round(
@@ -161,23 +166,39 @@ def _round(
     result: BlockResult,
 ) -> None:
     loss = signal = 0.0
-    for name in group.linears:
-        weight, square, size = _weight(block, name), squares[name], group_sizes[name]
-        if settings.clip and (settings.clip_qk or not QK.search(name)):
-            grid = search_ranges(weight, square, size, settings.zero_point)
-        else:
-            grid = fit(*ranges(weight, size), settings.zero_point)
+    for names in _alike(group, group_sizes):
+        square, size = squares[names[0]], group_sizes[names[0]]
+        grids = [_grid(_weight(block, name), square, size, settings, name) for name in names]
+        weight = torch.cat([_weight(block, name) for name in names])
+        grid = Grid(torch.cat([g.scales for g in grids]), torch.cat([g.zeros for g in grids]))
         if settings.feedback:
             rounded = round_with_feedback(weight, square, grid, size, settings.damping)
         else:
             rounded = grid.round(weight)
         loss += quadratic(rounded - weight, square)
         signal += quadratic(weight, square)
-        weight.copy_(rounded)
-        result.codes[name] = grid.codes(rounded, torch.float16)
-        result.dense.pop(f"{name}.weight", None)
+        parts = torch.split(rounded, [len(g.scales) for g in grids])
+        for name, own, part in zip(names, grids, parts, strict=True):
+            _weight(block, name).copy_(part)
+            result.codes[name] = own.codes(part, torch.float16)
+            result.dense.pop(f"{name}.weight", None)
     entry = next(entry for entry in result.groups if entry["linears"] == list(group.linears))
     entry |= {"loss": loss, "signal": signal}
+
+
+def _alike(group: Group, group_sizes: Mapping[str, int]) -> list[list[str]]:
+    """The linears of ``group`` that are rounded in one go: those with the same input and the same group size."""
+    found: dict[tuple[int, int], list[str]] = {}
+    for number, names in enumerate(group.inputs):
+        for name in names:
+            found.setdefault((number, group_sizes[name]), []).append(name)
+    return list(found.values())
+
+
+def _grid(weight: torch.Tensor, square: torch.Tensor, size: int, settings: Settings, name: str) -> Grid:
+    if settings.clip and (settings.clip_qk or not QK.search(name)):
+        return search_ranges(weight, square, size, settings.zero_point)
+    return fit(*ranges(weight, size), settings.zero_point)
 
 
 def _of_group(

@@ -16,8 +16,7 @@ DEAD = 1e-12  # mean square below which a channel was never used
 class Moments:
     """Of one input [T, K]: ``square`` = X^T X, ``magnitude`` = sum of |X|, ``count`` = T, all sums so far.
 
-    ``drift`` = (X_dense - X)^T X where the same tokens were run through the dense model too, else None;
-    ``behind`` = (R_dense - R)^T X for the residual stream R that the linear's output is added to.
+    ``drift`` = (X_dense - X)^T X where the same tokens were run through the dense model too, else None.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:

@@ -16,6 +16,8 @@ import torch
 
 from .grid import nearest
 
+STRIDES = (4, 2, 1)  # of the coarse search: 9 losses for 20 ratios
+
 Tie = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -45,11 +47,12 @@ def search_scales(
     steps: int = 20,
     duo: bool = True,
     tie: Tie | None = None,
+    coarse: bool = False,
 ) -> Found:
     """The scales for linears that read the same input, whose mean magnitudes are ``magnitude`` [K].
 
     ``duo`` divides by the weights' magnitudes as well (AutoAWQ's duo_scaling). ``tie`` makes scales equal that one
-    channel of the op before feeds.
+    channel of the op before feeds. ``coarse`` tries every fourth ratio first and then those beside the best one.
     """
     weights = _weight_magnitude([t.weight for t in targets], group_size) if duo else None
 
@@ -66,16 +69,17 @@ def search_scales(
     def loss(scales: torch.Tensor | None) -> float:
         return sum(output_error(t, scales, group_size, zero_point) for t in targets)
 
-    ones = torch.ones_like(magnitude)
     plain = loss(None)
-    best = Found(ones, plain, plain, None)
-    for step in range(steps):
-        ratio = step / steps
-        scales = candidate(ratio)
-        found = loss(scales)
-        if found < best.loss:
-            best = Found(scales, found, plain, ratio)
-    return best
+    losses: dict[int, float] = {}
+    for stride in STRIDES if coarse else (1,):
+        near = min(losses, key=losses.__getitem__) if losses else None
+        for step in range(0, steps, stride) if near is None else (near - stride, near + stride):
+            if 0 <= step < steps and step not in losses:
+                losses[step] = loss(candidate(step / steps))
+    best = min(losses, key=losses.__getitem__, default=0)
+    if not losses or not losses[best] < plain:
+        return Found(torch.ones_like(magnitude), plain, plain, None)
+    return Found(candidate(best / steps), losses[best], plain, best / steps)
 
 
 def output_error(target: Target, scales: torch.Tensor | None, group_size: int, zero_point: bool) -> float:

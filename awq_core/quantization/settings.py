@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import ConfigError
 
 # The search as the paper and AutoAWQ have it: scales, clipping but for q and k, rounding to nearest.
-PAPER: dict[str, Any] = {"clip_qk": False, "feedback": False, "propagate": False, "correct": 0.0}
+PAPER: dict[str, Any] = {"coarse": False, "clip_qk": False, "feedback": False, "propagate": False, "correct": 0.0}
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Settings:
     """The options of the AWQ search; the defaults are those that measured best (``benchmarks/quantize.py``).
 
     * ``scale_steps``: ratios that the scale search tries (0: no scales), ``duo_scaling`` as in AutoAWQ
+    * ``coarse``: try every fourth ratio first, then those beside the best one
     * ``clip``: search for tighter ranges; ``clip_qk`` for q and k too, which the paper leaves alone
     * ``feedback``: round with error feedback instead of to nearest; ``damping`` of its second moments
     * ``propagate``: take the moments of each block's inputs from the blocks quantized before it
@@ -28,6 +29,7 @@ class Settings:
     zero_point: bool = True
     scale_steps: int = 20
     duo_scaling: bool = True
+    coarse: bool = True
     clip: bool = True
     clip_qk: bool = True
     feedback: bool = True

@@ -123,7 +123,6 @@ def triton_compile(device: Device, source: TritonSource) -> Any:
     """Triton's CompiledKernel of one source. ValueError where the source does not say each argument once."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     if not isinstance(source.function, triton.JITFunction):
         raise ValueError(f"TritonSource.function is a {type(source.function).__name__}, not what @triton.jit returns")
@@ -140,7 +139,16 @@ def triton_compile(device: Device, source: TritonSource) -> Any:
         target = GPUTarget("hip", device.arch, 64 if device.arch.startswith("gfx9") else 32)
     else:
         target = GPUTarget("cuda", int(device.arch.removeprefix("sm")), 32)
-    made = ASTSource(source.function, signature, dict(source.constants), divisible)
+    if source.function.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as Source
+
+        # unlike Triton's own, this one wants constants by position
+        constants: dict[Any, object] = {(names.index(name),): value for name, value in source.constants.items()}
+    else:
+        from triton.compiler import ASTSource as Source
+
+        constants = dict(source.constants)
+    made = Source(source.function, signature, constants, divisible)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Triton's are about its own settings, and a test run may make them errors
         return triton.compile(made, target=target, options=dict(source.options))

@@ -83,7 +83,7 @@ for heads, kv_heads, size, rotary, window, softcap, norm, lengths in cases:
             assert torch.equal(cache[:, kv_heads:, length].double(), v)
             cache[:, :, length] = before[:, :, length]
             assert torch.equal(cache.nan_to_num(7), before.nan_to_num(7)) and torch.equal(qkv, asked)
-            assert all(not counters.any() for _, counters in scratch.values())
+            assert all(not counters.any() for *_, counters in scratch.values())
             cache = attend.cache.copy_(torch.randn(cache.shape, generator=g))
             checked += 1
 print(checked, "steps")

@@ -83,3 +83,25 @@ def test_graphs_survive_other_batches_and_growing_memory() -> None:
         fused.generate(ids[:batch], attention_mask=torch.ones_like(ids[:batch]), max_new_tokens=new, do_sample=False)
     again = fused.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), max_new_tokens=20, do_sample=False)
     assert again.tolist() == first.tolist()
+
+
+@torch.no_grad()
+def test_prompts_filled_up_for_a_graph_are_those_of_the_model() -> None:
+    plain, fused = models("mistral-7b", torch.float16)
+    engine = fused.__dict__[ENGINE]
+    for batch in (1, 2):
+        with engine.session(batch, 300) as session:
+            seen: dict[int, torch.Tensor] = {}
+            for length in (9, 70, 128, 70, 9, 128, 200, 70):
+                ids = torch.randint(
+                    10, 30000, (batch, length), device="cuda", generator=torch.Generator("cuda").manual_seed(1)
+                )
+                session.start(0, None)
+                logits = session.prefill(ids)
+                assert logits is not None
+                wanted = plain(ids).logits[:, -1].float()
+                assert (logits.float() - wanted).norm() / wanted.norm() < LIMIT[torch.float16], (batch, length)
+                assert torch.equal(seen.setdefault(length, logits), logits), "the graph gives other bits"
+                after = session.logits(ids[:, 0]).float()
+                wanted = plain(torch.cat([ids, ids[:, :1]], 1)).logits[:, -1].float()
+                assert (after - wanted).norm() / wanted.norm() < LIMIT[torch.float16], (batch, length)

@@ -83,6 +83,23 @@ def random_config(draw: random.Random):
     return getattr(transformers, f"{kind}Config")(**sizes), options
 
 
+def run(model, ids):
+    """Logits, and the experts that each router chose, [B, T * k]."""
+    chosen = []
+
+    def note(module, args, out):
+        experts = next(t for t in out if t.dtype == torch.int64) if isinstance(out, tuple) else None
+        if experts is not None:
+            chosen.append(experts.sort(-1).values.reshape(len(ids), -1))
+
+    hooks = [m.register_forward_hook(note) for name, m in model.named_modules() if name.endswith(".gate")]
+    with torch.no_grad():
+        logits = model.eval()(ids).logits
+    for hook in hooks:
+        hook.remove()
+    return logits, chosen
+
+
 @pytest.mark.parametrize("case", range(CASES))
 def test_a_random_model(case, tmp_path, monkeypatch, load):
     draw = random.Random(case)
@@ -116,8 +133,13 @@ def test_a_random_model(case, tmp_path, monkeypatch, load):
     decoder = Decoder.of(pseudo)
     for number, block in enumerate(blocks):
         decoder.blocks[number] = block
-    with torch.no_grad():
-        wanted = pseudo(ids).logits
-        got = load(tmp_path / "out", dtype=torch.float32)(ids).logits
+    wanted, chosen = run(pseudo, ids)
+    got, found = run(load(tmp_path / "out", dtype=torch.float32), ids)
     tolerance = 2e-2 if options["layout"] == "gemv_fast" else 3e-3
+    if options["layout"] == "gemv_fast":  # its zeros are rounded to float16, which may tip a router that was undecided
+        same = torch.tensor(
+            [all(torch.equal(a[i], b[i]) for a, b in zip(chosen, found, strict=True)) for i in range(len(ids))]
+        )
+        wanted, got = wanted[same], got[same]
+        assert len(got)
     assert (got - wanted).norm() <= tolerance * wanted.norm(), (config, options)

@@ -70,7 +70,7 @@ LAZY_ROOMS = {FACE, "cli"}  # these import nothing heavy at their top level
 HEAVY = {"torch", "transformers", "triton"}
 PLUGIN_MAY_IMPORT = {
     "backends": {"api", "fragments"},
-    "fusers": {"api", "errors", "hf", "linear", "notice", "options", "plugins"},
+    "fusers": {"api", "errors", "fragments", "hf", "linear", "notice", "options", "plugins"},
 }
 
 

@@ -9,6 +9,7 @@ import torch
 
 from awq_core import CheckpointError, ConfigError
 from awq_core.layouts import dequantize
+from awq_core.quantization import scales as scales_module
 from awq_core.quantization.block import Hidden
 from awq_core.quantization.clip import search_ranges
 from awq_core.quantization.correct import corrected
@@ -70,6 +71,23 @@ def test_scales_protect_strong_channels(problem, duo):
     assert strong > 1.5 * weak
     scaled = nearest(weight * found.scales, G, True) / found.scales
     assert quadratic(scaled - weight, moments) == pytest.approx(found.loss, rel=1e-3)
+
+
+def test_the_coarse_search_loses_little_for_half_the_work(problem, monkeypatch):
+    weight, x = problem
+    count = []
+    real = scales_module.output_error
+    monkeypatch.setattr(scales_module, "output_error", lambda *a: count.append(a) or real(*a))
+
+    def found(coarse):
+        count.clear()
+        target = Target(weight, x.T @ x / len(x))
+        return search_scales([target], x.abs().mean(0), G, True, coarse=coarse), len(count)
+
+    (full, many), (coarse, few) = found(False), found(True)
+    assert (many, few) == (21, 10)  # one without scales
+    assert full.loss <= coarse.loss
+    assert coarse.plain - coarse.loss > 0.95 * (full.plain - full.loss)
 
 
 def test_no_scales_where_none_help():

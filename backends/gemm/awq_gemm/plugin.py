@@ -22,6 +22,7 @@ PLUGIN_API = 1
 
 LAYOUTS = frozenset({"gemm", "gemv", "marlin"})  # those with integer zero points
 NVIDIA = frozenset({"sm80", "sm86", "sm89", "sm90", "sm100", "sm120"})
+FEWEST_HOPPER = 65  # rows from which the kernel for Hopper is tried; it leaves the smallest problems to `tiles`
 MOST_TILED = 384  # rows up to which unpacking in the tiles beats a dense weight made for the call (H200)
 
 
@@ -43,14 +44,14 @@ FRAGMENTS = ResidentLayout(
 )
 
 
-def _record(rows: Rows, priority: int) -> Capability:
+def _record(rows: Rows, priority: int, archs: frozenset[str] = NVIDIA, group_multiple: int = 16) -> Capability:
     return Capability(
         device="cuda",
         vendors=frozenset({"nvidia"}),
-        archs=NVIDIA,
+        archs=archs,
         layouts=LAYOUTS,
         dtypes=frozenset({"float16", "bfloat16"}),
-        group_multiple=16,
+        group_multiple=group_multiple,
         out_multiple=8,
         rows=rows,
         priority=priority,
@@ -106,6 +107,39 @@ def _dequantize_sources(spec: LinearSpec) -> Sequence[TritonSource]:
     return [TritonSource(kernels.dequantize, signature, constants, {"num_warps": 4})]
 
 
+def _hopper_sources(spec: LinearSpec) -> Sequence[TritonSource]:
+    if spec.device.arch != "sm90" or spec.group_size % 128:
+        return []
+    from . import hopper
+    from .hopper_launch import TYPES, shared_layout
+    from .hopper_tiles import WAYS
+
+    kind, dtype = next((str(g), t) for t, g in TYPES.items() if spec.dtype == str(t).removeprefix("torch."))
+    pointers = {"words_ptr": "*i32:16", "scales_ptr": "*fp16:16", "zeros_ptr": "*i32:16"}
+    pointers |= {"parts_ptr": "*fp32:16", "counters_ptr": "*i32:16", "K": "i32", "N": "i32", "M": "i32"}
+
+    def tile(rows: int, columns: int) -> str:
+        return f"tensordesc<{kind}[{rows}, {columns}],{shared_layout(rows, columns, dtype)!r}>"
+
+    return [
+        TritonSource(
+            hopper.product,
+            {"x_desc": tile(way.m, 16 * way.planes), "y_desc": tile(way.m, way.n)} | pointers,
+            {
+                "GP": spec.group_size // 16,
+                "NT": way.n,
+                "MT": way.m,
+                "P": way.planes,
+                "SPLIT": split,
+                "STAGES": way.stages,
+            },
+            {"num_warps": way.warps},
+        )
+        for way in WAYS
+        for split in (1, 2, 4)
+    ]
+
+
 BACKEND = Backend(
     name="gemm",
     layouts=(FRAGMENTS,),
@@ -116,6 +150,13 @@ BACKEND = Backend(
             capabilities=(_record(Rows(1, MOST_TILED), 220), _record(Rows(MOST_TILED + 1), 205)),
             apply=lazy("awq_gemm.launch:matmul"),
             sources=_matmul_sources,
+        ),
+        Kernel(
+            name="hopper",
+            reads=FRAGMENTS.name,
+            capabilities=(_record(Rows(FEWEST_HOPPER), 240, frozenset({"sm90"}), 128),),
+            apply=lazy("awq_gemm.hopper_launch:product"),
+            sources=_hopper_sources,
         ),
         Kernel(
             name="dequantize",

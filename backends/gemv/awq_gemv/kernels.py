@@ -3,7 +3,14 @@
 import triton
 import triton.language as tl
 
-from awq_core.fragments.kernels import accumulate, last_to_arrive, sum_of_parts
+from awq_core.fragments.kernels import (
+    accumulate,
+    fetch_ahead,
+    last_to_arrive,
+    let_next_begin,
+    sum_of_parts,
+    wait_for_inputs,
+)
 
 
 @triton.jit
@@ -33,6 +40,7 @@ def few(
     JOIN: tl.constexpr,
     PTX: tl.constexpr,
     WIDE: tl.constexpr,
+    AHEAD: tl.constexpr,  # blocks of the weight to fetch before the kernel before has ended; 0: no overlap
 ):
     """NT columns of y^T for all rows, or one part of their sums; the last part to arrive adds them up in order.
 
@@ -47,6 +55,11 @@ def few(
     width = N // 2 if SILU else N
     inside = (m < M)[None, :] & (n < width)[:, None]
     place = m[None, :] * width + n[:, None]
+    if AHEAD:
+        fetch_ahead(words_ptr, first // 16, part, K, N, NT, SPLIT, AHEAD)
+        if SILU:
+            fetch_ahead(words_ptr, (first + width) // 16, part, K, N, NT, SPLIT, AHEAD)
+        wait_for_inputs()
     total = accumulate(
         x_ptr, words_ptr, scales_ptr, zeros_ptr, first, m, part, K, N, M, G,
         GP, CH, NT, MT, SPLIT, STAGES, EVEN, FULL, JOIN, PTX, WIDE,
@@ -56,6 +69,8 @@ def few(
             x_ptr, words_ptr, scales_ptr, zeros_ptr, first + width, m, part, K, N, M, G,
             GP, CH, NT, MT, SPLIT, STAGES, EVEN, FULL, JOIN, PTX, WIDE,
         )  # fmt: skip
+    if AHEAD:  # not before, or the next kernel's programs crowd on the multiprocessors where this one's are few
+        let_next_begin()
     done = True
     if SPLIT > 1:
         tl.store(parts_ptr + part * M * N + place, total, inside)

@@ -7,10 +7,10 @@ import triton
 
 from awq_core.api import Weight
 from awq_core.fragments import chunk
-from awq_core.fragments.launch import COUNTERS, counters, interpreted, joins, ptx
+from awq_core.fragments.launch import COUNTERS, counters, interpreted, joins, launch_options, overlaps, ptx
 
 from . import kernels
-from .tiles import REGISTERS, STAGES, WARPS, split_for, tile_for
+from .tiles import AHEAD, REGISTERS, STAGES, WARPS, split_for, tile_for
 
 
 def registers() -> dict[str, int]:
@@ -71,7 +71,9 @@ def _launch(
         JOIN=joins(x.device),
         PTX=ptx(),
         WIDE=interpreted(),
+        AHEAD=AHEAD if overlaps(x.device) else 0,
         num_warps=WARPS,
         **registers(),
+        **launch_options(x.device),
     )
     return y

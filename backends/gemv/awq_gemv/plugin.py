@@ -38,7 +38,7 @@ def _record(rows: Rows, priority: int) -> Capability:
 
 def _sources(spec: LinearSpec) -> Sequence[TritonSource]:
     from . import kernels
-    from .tiles import REGISTERS, STAGES, WARPS
+    from .tiles import AHEAD, REGISTERS, STAGES, WARPS
 
     kind = {"float16": "*fp16:16", "bfloat16": "*bf16:16"}[spec.dtype]
     signature = {"x_ptr": kind, "words_ptr": "*i32:16", "scales_ptr": "*fp16:16", "zeros_ptr": "*i32:16"}
@@ -51,6 +51,7 @@ def _sources(spec: LinearSpec) -> Sequence[TritonSource]:
         "EVEN": spec.in_features % 128 == 0,
     }
     constants |= {"FULL": True, "JOIN": spec.device.arch == "sm90", "PTX": True, "WIDE": False}
+    constants["AHEAD"] = AHEAD if spec.device.arch in ("sm90", "sm100", "sm120") else 0
     ways = [(128, 8, False, False), (128, 16, False, False), (64, 16, False, False)]
     ways += [(64, 8, True, False), (64, 16, True, False), (128, 8, False, True), (64, 16, False, True)]
     return [

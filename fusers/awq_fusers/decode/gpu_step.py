@@ -23,7 +23,7 @@ class GpuStep:
             self.pick = Pick(batch, storage.capacity, self.length)
             self.tokens = self.pick.tokens
             tables = rope_tables(decoder, storage.capacity)
-            scratch: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+            scratch: dict[tuple[int, ...], tuple[torch.Tensor, ...]] = {}
             self.attends = [
                 Attend(layer.attention, cache, *tables[layer.attention.rope], self.length, self.pads, scratch)
                 for layer, cache in zip(decoder.layers, storage.layers, strict=True)

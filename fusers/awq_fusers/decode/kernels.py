@@ -7,6 +7,8 @@ residual stream, a normed row before its weight) is rounded here too. Reductions
 import triton
 import triton.language as tl
 
+from awq_core.fragments.kernels import let_next_begin, wait_for_inputs
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -39,6 +41,7 @@ def add_norm(
     OFFSET: tl.constexpr,
     ADD: tl.constexpr,
     AFTER: tl.constexpr,
+    OVERLAP: tl.constexpr,  # begin before the kernel before has ended
 ):
     """``x += norm(y)`` (or ``y``), ``out = norm(x)``: one program a row."""
     row = tl.program_id(0)
@@ -47,11 +50,15 @@ def add_norm(
     at = row * H + i
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     w = tl.load(w_ptr + i, inside, 0.0).to(tl.float32)
+    if AFTER:
+        after = tl.load(after_ptr + i, inside, 0.0).to(tl.float32)
+    if OVERLAP:
+        let_next_begin()
+        wait_for_inputs()
     x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
     if ADD:
         y = tl.load(y_ptr + at, inside, 0.0).to(tl.float32)
         if AFTER:
-            after = tl.load(after_ptr + i, inside, 0.0).to(tl.float32)
             y = _weighted(y * _rstd(y, H, AFTER_EPS), after, OFFSET, dtype)
         x = (x + y).to(dtype)
         tl.store(x_ptr + at, x, inside)
@@ -72,8 +79,11 @@ def _activated(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def gated(x_ptr, out_ptr, size, BLOCK: tl.constexpr, KIND: tl.constexpr):
+def gated(x_ptr, out_ptr, size, BLOCK: tl.constexpr, KIND: tl.constexpr, OVERLAP: tl.constexpr):
     """out [M, size] = activation(x[:, :size]) * x[:, size:]."""
+    if OVERLAP:
+        let_next_begin()
+        wait_for_inputs()
     row = tl.program_id(0)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
@@ -122,6 +132,39 @@ def _rope(cos_ptr, sin_ptr, position, d, R: tl.constexpr):
 
 
 @triton.jit
+def _block(keys, values, at, end, d, D: tl.constexpr):
+    """Keys and values [BLOCK, DP] at these places of the cache; zero past the end."""
+    inside = (at < end)[:, None] & (d < D)[None, :]
+    k = tl.load(keys + at[:, None] * D + d[None, :], inside, 0.0)
+    v = tl.load(values + at[:, None] * D + d[None, :], inside, 0.0)
+    return k, v
+
+
+@triton.jit
+def _seen(
+    q, k, v, at, end, largest, weight, sums, dtype: tl.constexpr, SCALING: tl.constexpr, SOFTCAP: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """The running softmax [GP] and its sums [GP, DP] with a block of keys and values more."""
+    if WIDE:
+        scores = tl.dot(q, tl.trans(k.to(tl.float32)), input_precision="ieee") * SCALING
+    else:
+        scores = tl.dot(q.to(dtype), tl.trans(k)) * SCALING
+    if SOFTCAP > 0:
+        scores = SOFTCAP * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E / SOFTCAP)) + 1.0))
+    scores = tl.where((at < end)[None, :], scores, -float("inf"))
+    top = tl.maximum(largest, tl.max(scores, 1))
+    shrink = tl.exp2((largest - top) * LOG2E)
+    p = tl.exp2((scores - top[:, None]) * LOG2E)
+    weight = weight * shrink + tl.sum(p, 1)
+    if WIDE:
+        sums = sums * shrink[:, None] + tl.dot(p, v.to(tl.float32), input_precision="ieee")
+    else:
+        sums = sums * shrink[:, None] + tl.dot(p.to(dtype), v)
+    return top, weight, sums
+
+
+@triton.jit
 def attend(
     qkv_ptr,  # [B, (HQ + 2 HK) * D]
     cache_ptr,  # [B, 2 HK, S, D], the keys' heads first
@@ -132,7 +175,8 @@ def attend(
     k_w_ptr,
     length_ptr,  # [1] tokens that are cached
     pads_ptr,  # [B] tokens at the left that are padding
-    parts_ptr,  # [B * HK, SPLITS, G, DP + 2] float32: sums, their largest score and their weight
+    parts_ptr,  # [B * HK, SPLITS, G, DP] float32: sums
+    tops_ptr,  # [B * HK, 2, G, SPLITS] float32: their largest scores, and their weights
     counters_ptr,  # [B * HK], 0 before and after
     S,
     SCALING: tl.constexpr,
@@ -144,8 +188,9 @@ def attend(
     D: tl.constexpr,
     DP: tl.constexpr,
     R: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr,  # at most so many shares; a power of 2
     BLOCK: tl.constexpr,  # keys in a step
+    OVERLAP: tl.constexpr,
     NORM: tl.constexpr,
     OFFSET: tl.constexpr,
     EPS: tl.constexpr,
@@ -165,8 +210,8 @@ def attend(
     first = pads
     if WINDOW > 0:
         first = tl.maximum(first, length + 1 - WINDOW)
-    share = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK) * BLOCK
-    share = tl.maximum(share, BLOCK)
+    share = tl.cdiv(tl.cdiv(length - first, SPLITS), 16) * 16
+    share = tl.maximum(share, 32)
     shares = tl.maximum(tl.cdiv(length - first, share), 1)
     if split >= shares:
         return
@@ -176,6 +221,15 @@ def attend(
     g = tl.arange(0, GP)
     in_g = (g < G)[:, None] & in_d[None, :]
     partner, cos, sin = _rope(cos_ptr, sin_ptr, length - pads, d, R)
+    keys = cache_ptr + (b.to(tl.int64) * 2 * HK + head) * S * D
+    values = keys + HK * S.to(tl.int64) * D
+    begin = first + split * share
+    end = tl.minimum(begin + share, length)
+    n = tl.arange(0, BLOCK)
+    k, v = _block(keys, values, begin + n, end, d, D)
+    if OVERLAP:  # lengths, tables and the cache were written long before
+        let_next_begin()
+        wait_for_inputs()
     row = qkv_ptr + b.to(tl.int64) * (HK * G + 2 * HK) * D
     q_row = row + (head * G + g)[:, None] * D
     q = _turned(
@@ -192,35 +246,16 @@ def attend(
         OFFSET,
         partner[None, :],
     )
-    keys = cache_ptr + (b.to(tl.int64) * 2 * HK + head) * S * D
-    values = keys + HK * S.to(tl.int64) * D
     largest = tl.full((GP,), -float("inf"), tl.float32)
     weight = tl.zeros((GP,), tl.float32)
     sums = tl.zeros((GP, DP), tl.float32)
-    begin = first + split * share
-    end = tl.minimum(begin + share, length)
-    n = tl.arange(0, BLOCK)
-    for start in range(begin, end, BLOCK):
-        at = start + n
-        inside = (at < end)[:, None] & in_d[None, :]
-        k = tl.load(keys + at[:, None] * D + d[None, :], inside, 0.0)
-        v = tl.load(values + at[:, None] * D + d[None, :], inside, 0.0)
-        if WIDE:
-            scores = tl.dot(q, tl.trans(k.to(tl.float32)), input_precision="ieee") * SCALING
-        else:
-            scores = tl.dot(q.to(dtype), tl.trans(k)) * SCALING
-        if SOFTCAP > 0:
-            scores = SOFTCAP * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E / SOFTCAP)) + 1.0))
-        scores = tl.where((at < end)[None, :], scores, -float("inf"))
-        top = tl.maximum(largest, tl.max(scores, 1))
-        shrink = tl.exp2((largest - top) * LOG2E)
-        p = tl.exp2((scores - top[:, None]) * LOG2E)
-        weight = weight * shrink + tl.sum(p, 1)
-        if WIDE:
-            sums = sums * shrink[:, None] + tl.dot(p, v.to(tl.float32), input_precision="ieee")
-        else:
-            sums = sums * shrink[:, None] + tl.dot(p.to(dtype), v)
-        largest = top
+    if end > begin:
+        largest, weight, sums = _seen(
+            q, k, v, begin + n, end, largest, weight, sums, dtype, SCALING, SOFTCAP, WIDE
+        )  # fmt: skip
+    for start in range(begin + BLOCK, end, BLOCK):
+        k, v = _block(keys, values, start + n, end, d, D)
+        largest, weight, sums = _seen(q, k, v, start + n, end, largest, weight, sums, dtype, SCALING, SOFTCAP, WIDE)
     if split == shares - 1:
         # The new token's own key and value, from registers: what this launch writes, no program of it reads.
         k_row = row + (HK * G + head) * D
@@ -241,27 +276,26 @@ def attend(
     if shares == 1:
         tl.store(out, (sums / weight[:, None]).to(dtype), in_g)
     else:
-        W: tl.constexpr = DP + 2
-        part = parts_ptr + ((pair * SPLITS + split) * G + g) * W
+        part = parts_ptr + ((pair * SPLITS + split) * G + g) * DP
+        top_at = tops_ptr + (pair * 2 * G + g) * SPLITS + split
         tl.store(part[:, None] + d[None, :], sums, (g < G)[:, None] & (d >= 0)[None, :])
-        tl.store(part + DP, largest, g < G)
-        tl.store(part + DP + 1, weight, g < G)
+        tl.store(top_at, largest, g < G)
+        tl.store(top_at + G * SPLITS, weight, g < G)
         tl.debug_barrier()  # every thread of this program has stored before one of them says so
         if tl.atomic_add(counters_ptr + pair, 1, sem="acq_rel") == shares - 1:
-            largest = tl.full((GP,), -float("inf"), tl.float32)
-            weight = tl.zeros((GP,), tl.float32)
-            sums = tl.zeros((GP, DP), tl.float32)
-            for i in range(shares):
-                part = parts_ptr + ((pair * SPLITS + i) * G + g) * W
-                other = tl.load(part + DP, g < G, 0.0, volatile=True)
-                top = tl.maximum(largest, other)
-                shrink = tl.exp2((largest - top) * LOG2E)
-                grow = tl.exp2((other - top) * LOG2E)
-                weight = weight * shrink + grow * tl.load(part + DP + 1, g < G, 1.0, volatile=True)
-                held = tl.load(part[:, None] + d[None, :], (g < G)[:, None] & (d >= 0)[None, :], 0.0, volatile=True)
-                sums = sums * shrink[:, None] + grow[:, None] * held
-                largest = top
-            tl.store(out, (sums / weight[:, None]).to(dtype), in_g)
+            # All shares at once, head by head: their loads do not wait for each other.
+            i = tl.arange(0, SPLITS)
+            for h in tl.static_range(G):
+                where = tops_ptr + (pair * 2 * G + h) * SPLITS + i
+                tops = tl.load(where, i < shares, -float("inf"), volatile=True)
+                weights = tl.load(where + G * SPLITS, i < shares, 0.0, volatile=True)
+                each = parts_ptr + ((pair * SPLITS + i) * G + h) * DP
+                held = tl.load(
+                    each[:, None] + d[None, :], (i < shares)[:, None] & (d >= 0)[None, :], 0.0, volatile=True
+                )
+                grow = tl.exp2((tops - tl.max(tops, 0)) * LOG2E)
+                whole = tl.sum(held * grow[:, None], 0) / tl.sum(weights * grow, 0)
+                tl.store(out_ptr + b.to(tl.int64) * HK * G * D + (head * G + h) * D + d, whole.to(dtype), in_d)
             tl.store(counters_ptr + pair, 0)
 
 
@@ -329,8 +363,12 @@ def pick(
     BLOCKS_P: tl.constexpr,
     SIZE: tl.constexpr,  # logits in a block
     E: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """The largest logit of each row, the first of equal ones; after the end of a sequence its padding."""
+    if OVERLAP:
+        let_next_begin()
+        wait_for_inputs()
     b = tl.program_id(0)
     block = tl.program_id(1)
     i = block * SIZE + tl.arange(0, SIZE)

@@ -7,12 +7,15 @@ import os
 import torch
 import triton
 
+from awq_core.fragments.launch import launch_options, overlaps
+
 from . import kernels
 from .model import Attention, Norm
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-PROGRAMS = 128  # that splitting the keys of an attention aims at: one for each of an H100's 132 multiprocessors
+PROGRAMS = 256  # that splitting the keys of an attention aims at: two for each of an H100's 132 multiprocessors
 MOST_SPLITS = 32
+ATTEND_BLOCK, ATTEND_WARPS = 64, 4
 PICK_BLOCK = 2048
 ENDS = 8  # most ids that end a sequence
 
@@ -45,7 +48,9 @@ def add_norm(
         OFFSET=norm.offset,
         ADD=y is not None,
         AFTER=after is not None,
+        OVERLAP=overlaps(x.device),
         num_warps=norm_warps(block),
+        **launch_options(x.device),
     )
     return out
 
@@ -54,19 +59,28 @@ def gated(x: torch.Tensor, activation: str) -> torch.Tensor:
     """x [M, 2 I] to activation(x[:, :I]) * x[:, I:], [M, I]."""
     rows, size = x.shape[0], x.shape[1] // 2
     out = x.new_empty(rows, size)
-    kernels.gated[(rows, triton.cdiv(size, 512))](x, out, size, BLOCK=512, KIND=activation, num_warps=4)
+    kernels.gated[(rows, triton.cdiv(size, 512))](
+        x,
+        out,
+        size,
+        BLOCK=512,
+        KIND=activation,
+        OVERLAP=overlaps(x.device),
+        num_warps=4,
+        **launch_options(x.device),
+    )
     return out
 
 
 def attention_block(a: Attention) -> int:
-    """Keys in a step of the attention."""
-    return 32 if a.head_dim <= 128 else 16
+    """Keys in a step of the attention, whose first one is loaded into registers ahead."""
+    return ATTEND_BLOCK if a.head_dim <= 128 else 32
 
 
 def splits_for(a: Attention, batch: int, capacity: int) -> int:
     """Into how many shares the keys are split: a power of 2, so that batch, heads and shares fill the device."""
     wanted = power(max(1, PROGRAMS // (batch * a.kv_heads)))
-    return max(1, min(wanted, MOST_SPLITS, power(triton.cdiv(capacity, attention_block(a)))))
+    return max(1, min(wanted, MOST_SPLITS, power(triton.cdiv(capacity, 32))))
 
 
 class Attend:
@@ -80,18 +94,20 @@ class Attend:
         sin: torch.Tensor,
         length: torch.Tensor,
         pads: torch.Tensor,
-        scratch: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]],
+        scratch: dict[tuple[int, ...], tuple[torch.Tensor, ...]],
     ) -> None:
         batch, capacity = cache.shape[0], cache.shape[2]
         self.a, self.cache, self.cos, self.sin, self.length, self.pads = a, cache, cos, sin, length, pads
         self.splits = splits_for(a, batch, capacity)
-        shape = (batch * a.kv_heads, self.splits, a.heads // a.kv_heads, power(a.head_dim) + 2)
+        group = a.heads // a.kv_heads
+        shape = (batch * a.kv_heads, self.splits, group, max(16, power(a.head_dim)))
         if shape not in scratch:  # layers follow each other, so they share it
             scratch[shape] = (
                 torch.empty(shape, dtype=torch.float32, device=cache.device),
+                torch.empty(shape[0], 2, group, self.splits, dtype=torch.float32, device=cache.device),
                 torch.zeros(shape[0], dtype=torch.int32, device=cache.device),
             )
-        self.parts, self.counters = scratch[shape]
+        self.parts, self.tops, self.counters = scratch[shape]
         q_norm, k_norm = a.q_norm, a.k_norm
         self.q_weight = cos if q_norm is None else q_norm.weight
         self.k_weight = cos if k_norm is None else k_norm.weight
@@ -107,6 +123,7 @@ class Attend:
             "R": cos.shape[1],
             "SPLITS": self.splits,
             "BLOCK": attention_block(a),
+            "OVERLAP": overlaps(cache.device),
             "NORM": q_norm is not None,
             "OFFSET": q_norm is not None and q_norm.offset,
             "EPS": 0.0 if q_norm is None else q_norm.eps,
@@ -128,11 +145,13 @@ class Attend:
             self.length,
             self.pads,
             self.parts,
+            self.tops,
             self.counters,
             self.cache.shape[2],
             **self.constants,
-            num_warps=4,
-            num_stages=3,
+            num_warps=ATTEND_WARPS,
+            num_stages=2,
+            **launch_options(qkv.device),
         )
         return out
 
@@ -212,5 +231,7 @@ class Pick:
             BLOCKS_P=power(blocks),
             SIZE=PICK_BLOCK,
             E=ENDS,
+            OVERLAP=overlaps(logits.device),
             num_warps=8,
+            **launch_options(logits.device),
         )

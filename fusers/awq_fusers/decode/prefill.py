@@ -21,10 +21,17 @@ class Prefill:
         self.softcaps = any(layer.attention.softcap is not None for layer in layers)
         self.window = min((layer.attention.window or 1 << 62 for layer in layers), default=0)
 
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor | None:
-        """ids [B, T], no padding, an empty cache: to logits [B, V] of the last token. None where it cannot be."""
+    def fits(self, length: int) -> bool:
+        """Whether prompts of so many tokens can be run here."""
+        return not self.softcaps and length <= self.window
+
+    def __call__(self, ids: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor | None:
+        """ids [B, T], no padding at the left, an empty cache: to logits [B, V] of the last token; None: not here.
+
+        ``last`` [1] is that token's place, where others follow it only to fill up T (None: T - 1).
+        """
         batch, length = ids.shape
-        if self.softcaps or length > self.window:
+        if not self.fits(length):
             return None
         step, decoder = self.step, self.step.decoder
         if self.rows != ids.numel():
@@ -50,5 +57,6 @@ class Prefill:
             y = o(y.transpose(1, 2).reshape(self.rows, -1))
             add_norm(y, x, layer.before_mlp, h, layer.after_attention)
             add_norm(down(gated(gate_up(h), layer.mlp.activation)), x, after, h, layer.after_mlp)
-        last = h.view(batch, length, -1)[:, -1].contiguous()
-        return capped(bound(decoder.head, batch)(last), decoder.softcap)
+        rows = h.view(batch, length, -1)
+        ends = rows[:, -1].contiguous() if last is None else rows.index_select(1, last).squeeze(1)
+        return capped(bound(decoder.head, batch)(ends), decoder.softcap)
