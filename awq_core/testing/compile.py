@@ -35,7 +35,7 @@ KIB = 1024
 # The most shared memory (LDS) that one block can have, by architecture; what is not listed is an AMD GPU with 64 KiB.
 SHARED = {"sm75": 64, "sm80": 163, "sm86": 99, "sm87": 163, "sm89": 99, "sm90": 227, "sm100": 227, "sm103": 227}
 SHARED |= {"sm120": 99, "sm121": 99, "gfx950": 160}
-SPILLED = 32  # registers of 32 bits that a thread may keep in memory: ptxas gives up some by itself, to fit more warps
+SPILLED = 40  # registers of 32 bits that a thread may keep in memory: ptxas gives up some by itself, to fit more warps
 
 
 @dataclass(frozen=True)
