@@ -223,12 +223,6 @@ def fetch_ahead(words_ptr, tile, part, K, N, NT: tl.constexpr, SPLIT: tl.constex
     block = tl.minimum(part * each + (e // 8) % AHEAD, blocks - 1)
     column_tile = tl.minimum(tile + e // (AHEAD * 8), tl.cdiv(N, 16) - 1)
     at = words_ptr + (column_tile * blocks + block) * 256 + (e % 8) * 32
-    prefetch(at)
-
-
-@triton.jit
-def prefetch(at):
-    """Bring the lines of 128 bytes at these addresses into the L2."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
     )
