@@ -23,6 +23,9 @@ DtypeOption = Annotated[
 VersionOption = Annotated[
     str | None,
     typer.Option(
-        "--version", metavar="NAME", help="Backend to force, as AwqConfig(version=NAME) does.", show_default=False
+        "--version",
+        metavar="NAME",
+        help="Backend to force, as AwqConfig(version=NAME) does; awq backends lists the names.",
+        show_default=False,
     ),
 ]

@@ -20,7 +20,7 @@ CPU_LENGTHS = "32,64,128"
 
 def bench(
     path: Annotated[
-        Path | None, typer.Argument(metavar="[PATH]", help="Folder of a checkpoint, AWQ or dense.", show_default=False)
+        Path | None, typer.Argument(metavar="PATH", help="Folder of a checkpoint, AWQ or dense.", show_default=False)
     ] = None,
     config: Annotated[
         str | None,
@@ -34,7 +34,9 @@ def bench(
     fused: Annotated[
         bool | None, typer.Option("--fused/--no-fused", help="Only fused, or only unfused. Left out: both.")
     ] = None,
-    dense: Annotated[bool, typer.Option("--dense/--no-dense", help="The dense model of the same shapes too.")] = True,
+    dense: Annotated[
+        bool, typer.Option("--dense/--no-dense", help="Measure the dense model of the same shapes too.")
+    ] = True,
     batch_size: Annotated[
         list[str] | None, typer.Option(metavar="B,...", help="Batch sizes. Left out: 1.", show_default=False)
     ] = None,
@@ -53,9 +55,9 @@ def bench(
         ),
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Cut --config to N layers.", show_default=False)
+        int | None, typer.Option(min=1, metavar="N", help="Cut the model of --config to N layers.", show_default=False)
     ] = None,
-    group_size: Annotated[int, typer.Option(help="Group size of --config.")] = 128,
+    group_size: Annotated[int, typer.Option(help="Group size of the model of --config.")] = 128,
     device: Annotated[
         str | None, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:1. Left out: a GPU where there is one.")
     ] = None,
@@ -72,7 +74,7 @@ def bench(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prefill and decode speed and memory, as the tables of the transformers AWQ guide have them.
+    """Measure prefill and decode speed and memory, as the tables of the transformers AWQ guide have them.
 
     Unfused and fused modules, the dense model, and the floor: the tokens per second that the memory's bandwidth,
     measured in the same run, allows at most. Decode tokens/s is that of `model.generate()`, greedy, without a streamer;

@@ -23,7 +23,7 @@ def compare(
     version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Two checkpoints of one model side by side: perplexity, sizes, speed, and how far B is from A.
+    """Set two checkpoints of one model side by side: perplexity, sizes, speed, and how far B is from A.
 
     KL(A‖B) and top-1 agreement take A as the reference. Options and definitions are those of `awq eval`.
     """

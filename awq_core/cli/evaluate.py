@@ -29,7 +29,7 @@ def eval_command(
     version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity of models on a held-out text and, with --against, their KL divergence from the dense model.
+    """Measure perplexity on a held-out text and, with --against, the KL divergence from the dense model.
 
     Every model predicts the same tokens of the same windows; no BOS token is added. KL(dense‖model) is the mean over
     the predicted tokens, in nats: much less noisy than a difference of perplexities. Top-1 agreement is the share of

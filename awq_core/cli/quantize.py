@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..errors import ConfigError
 from ._options import AsJson
 
 if TYPE_CHECKING:
@@ -15,23 +16,25 @@ if TYPE_CHECKING:
 
 def quantize(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a dense model: config.json and weights.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must be new or empty.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; new or empty, or --overwrite.")],
     method: Annotated[
         Literal["awq", "rtn"], typer.Option(help="awq searches on calibration text; rtn rounds to nearest, in seconds.")
     ] = "awq",
     group_size: Annotated[
         int | None,
         typer.Option(
-            help="Weights along in_features that share a scale. -1: all. "
-            "Without it 128, or the largest of 64, 32, 16 that divides all.",
+            metavar="N",
+            help="Inputs that share a scale; -1: all of them. "
+            "Left out: 128, or the largest of 64, 32 and 16 that divides the inputs of every linear.",
             show_default=False,
         ),
     ] = None,
     symmetric: Annotated[
-        bool, typer.Option("--symmetric", help="Zero points fixed at 8 (layout gemm only); less accurate.")
+        bool, typer.Option("--symmetric", help="Fix the zero points at 8 (layout gemm only); less accurate.")
     ] = False,
     layout: Annotated[
-        Literal["gemm", "gemv", "gemv_fast"], typer.Option(help="Checkpoint layout. Every loader reads gemm.")
+        Literal["gemm", "gemv", "gemv_fast"],
+        typer.Option(help="How the bytes lie in the file; every loader reads gemm."),
     ] = "gemm",
     dtype: Annotated[
         Literal["float16", "bfloat16"], typer.Option(help="Dtype of the tensors that stay dense.")
@@ -44,23 +47,27 @@ def quantize(
         Path | None,
         typer.Option(
             metavar="FILE|DIR",
-            help="Calibration text: txt, md, json, jsonl or parquet. Best is text like what the model will read. "
-            "Without it, a small English text that travels with awq-core.",
+            help="Calibration text: txt, md, json, jsonl or parquet. Best is text like that which the model will read. "
+            "Left out: a small English text that travels with awq-core.",
             show_default=False,
         ),
     ] = None,
-    calib_samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 32,
+    calib_samples: Annotated[int, typer.Option(min=1, help="Number of windows of calibration text.")] = 32,
     calib_length: Annotated[int, typer.Option(min=8, help="Tokens in each window.")] = 512,
-    seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Draws other windows of the text.")] = 0,
     device: Annotated[
         str,
-        typer.Option(help="Where blocks are calibrated, one at a time: cpu, cuda, cuda:1. The model stays on the CPU."),
+        typer.Option(
+            metavar="DEVICE",
+            help="Where blocks are calibrated, one at a time: cpu, cuda, cuda:1. The model stays on the CPU.",
+        ),
     ] = "cpu",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was killed, at the block where it was.")
     ] = False,
     export_dense: Annotated[
-        bool, typer.Option("--export-dense", help="Write the dense model with the scales in it, for other quantizers.")
+        bool,
+        typer.Option("--export-dense", help="Write the dense model with the scales folded in, for other quantizers."),
     ] = False,
     paper: Annotated[
         bool, typer.Option("--paper", help="The search as the paper has it: no error feedback, q and k unclipped.")
@@ -92,9 +99,7 @@ def quantize(
 
             options |= PAPER
     elif calib or resume or export_dense or paper:
-        raise typer.BadParameter(
-            "method rtn takes no calibration: leave --calib, --resume, --export-dense, --paper out"
-        )
+        raise ConfigError("--method rtn takes no calibration: leave --calib, --resume, --export-dense and --paper out")
     report = run(
         console(stderr=True),
         model,

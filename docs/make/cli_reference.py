@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import typer
 
 from awq_core.cli import app
+from awq_core.cli._help import Parameter, usage
 
 HEAD = """# Command line
 
@@ -32,51 +32,25 @@ def page() -> str:
 
 
 def _command(name: str, command: Any) -> Iterator[str]:
-    kinds = get_type_hints(inspect.unwrap(command.callback))
-    positional = [p for p in command.params if p.param_type_name == "argument"]
-    options = [p for p in command.params if p.param_type_name == "option" and not p.hidden]
+    known = usage(command)
     yield f"## awq {name}\n"
-    usage = " ".join(["awq", name, *map(_positional, positional), *(["[OPTIONS]"] if options else [])])
-    yield f"```bash\n{usage}\n```\n"
+    yield f"```bash\n{f'awq {name} {known.line}'.rstrip()}\n```\n"
     yield f"{inspect.cleandoc(command.help or '')}\n"
-    if positional or options:
+    if known.arguments or known.options:
         yield "| | | default |\n| --- | --- | --- |"
-        for p in positional:
-            yield f"| `{_positional(p)}` | {_help(p)} | {'required' if p.required else ''} |"
-        for p in options:
-            yield f"| {_names(p, kinds.get(p.name))} | {_help(p)} | {_default(p)} |"
+        for parameter in (*known.arguments, *known.options):
+            yield f"| {_names(parameter)} | {_cell(parameter.help)} | {_default(parameter)} |"
         yield ""
 
 
-def _positional(parameter: Any) -> str:
-    name = parameter.metavar or parameter.name.upper()
-    return name if parameter.required else f"[{name}]"
+def _names(parameter: Parameter) -> str:
+    names = ", ".join(f"`{name}`" for name in parameter.names)
+    return f"{names} `{_cell(parameter.value)}`" if parameter.value else names
 
 
-def _help(parameter: Any) -> str:
-    return " ".join((parameter.help or "").split()).replace("|", "\\|")
+def _default(parameter: Parameter) -> str:
+    return parameter.default if parameter.default in ("", "required") else f"`{_cell(parameter.default)}`"
 
 
-def _names(parameter: Any, kind: Any) -> str:
-    names = [f"`{name}`" for name in parameter.opts]
-    if parameter.is_flag:
-        return ", ".join(names + [f"`{name}`" for name in parameter.secondary_opts])
-    return f"{', '.join(names)} `{parameter.metavar or _kind(kind)}`"
-
-
-def _kind(kind: Any) -> str:
-    r"""``Literal["a", "b"] | None`` as ``a\|b``; other types by their name."""
-    if get_origin(kind) in (Union, UnionType):
-        kind = next(part for part in get_args(kind) if part is not type(None))
-    if get_origin(kind) is Literal:
-        return "\\|".join(map(str, get_args(kind)))
-    return getattr(kind, "__name__", str(kind)).upper()
-
-
-def _default(parameter: Any) -> str:
-    default = parameter.default
-    if parameter.required:
-        return "required"
-    if default is None or default in (False, (), []):
-        return ""
-    return f"`{parameter.opts[0]}`" if parameter.is_flag else f"`{default}`"
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

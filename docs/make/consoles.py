@@ -10,16 +10,19 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 from typer.testing import CliRunner
 
-from awq_core.cli import app
+from awq_core.cli import _device, app
 from awq_core.layouts import checkpoint_layout
+from awq_core.spec import Device
 from awq_core.testing.tiny import tiny_checkpoint
 
 MARKED = re.compile(r"(<!-- made -->\n+```console\n)(.*?)(```)", re.DOTALL)
 # Tables fit the page. Only what ships with awq-core is asked, so that the text is the same on every machine.
 ENVIRONMENT = {"COLUMNS": "104", "AWQ_CORE_PLUGINS": "", "TERM": "dumb"}
+HERE = Device.parse("cpu:avx512")  # whatever this machine is, the pages are written on this one
 
 
 @contextlib.contextmanager
@@ -73,7 +76,8 @@ def session(text: str) -> str:
             words = shlex.split(line.removeprefix("$ "))
             if words[0] != "awq":
                 raise ValueError(f"only awq is run in documents, not {line!r}")
-            result = CliRunner().invoke(app, words[1:], env=ENVIRONMENT)
+            with mock.patch.object(_device, "local_devices", return_value=[HERE]):
+                result = CliRunner().invoke(app, words[1:], env=ENVIRONMENT)
             if result.exit_code not in (0, 1, 2):
                 raise RuntimeError(f"{line}: {result.output}") from result.exception
             output = "\n".join(row.rstrip() for row in result.output.strip().splitlines())

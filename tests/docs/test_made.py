@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,15 @@ def test_a_change_is_seen(make, made):
     file = next(file for file in made if file.name == "cli.md")
     assert more({**made, file: made[file] + "more"}) == {"docs/reference/cli.md"}
     assert more({path: text for path, text in made.items() if path.name != "flow.svg"}) == {"docs/images/flow.svg"}
+
+
+def test_sessions_are_the_same_on_every_machine(make, monkeypatch):
+    from awq_core.cli import _device
+    from awq_core.spec import Device
+
+    consoles = importlib.import_module("consoles")
+    text = (ROOT / "docs" / "choosing.md").read_text("utf-8")
+    for here in ("cpu:avx2", "cpu:avx512"):
+        monkeypatch.setattr(_device, "local_devices", lambda here=here: [Device.parse(here)])
+        with tempfile.TemporaryDirectory() as folder, consoles.folder(Path(folder)):
+            assert consoles.page(text) == text

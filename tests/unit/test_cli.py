@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -14,18 +15,20 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from awq_core import AwqError, CheckpointError, plugins
 from awq_core.api import Backend, Capability, Codes, Kernel, Rows, checkpoint_layout
 from awq_core.cli import _small_model, app, matrix
+from awq_core.cli._help import usage
 from awq_core.plugins import LoadFailure, Registry, Source
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
     "inspect", "explain", "backends", "generate", "quantize", "eval", "compare", "bench",
-    "demo", "matrix", "new-backend",
+    "tune", "demo", "matrix", "new-backend",
 )  # fmt: skip
 
 
@@ -131,6 +134,64 @@ def test_help_of_each_command(command: str) -> None:
     assert f"awq {command}" in result.stdout or f"{command} [OPTIONS]" in result.stdout
     assert "--json" in result.stdout or command in ("matrix", "new-backend")
     assert command in awq("--help").stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_plain_lines_that_fit(command: str) -> None:
+    lines = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"}).stdout.splitlines()
+    assert re.fullmatch(rf"Usage: awq {command} ([A-Z.\[\]]+ )*\[OPTIONS\]", lines[0])
+    assert max(map(len, lines)) <= 80
+    assert not re.search(r"[<>{}`\u2500-\u257f\u2026]", "\n".join(lines))
+    options = lines[lines.index("Options:") + 1 :]
+    assert all(line.startswith(("  -", "      ")) for line in options)
+
+
+def test_every_argument_and_option_is_explained() -> None:
+    group: Any = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        known = usage(command)
+        assert all(p.help.endswith((".", ")")) for p in (*known.arguments, *known.options)), name
+        short = command.get_short_help_str(200)
+        assert short in awq("--help").stdout, name
+
+
+def test_help_gives_defaults_and_what_is_required() -> None:
+    text = " ".join(awq("quantize", "--help").stdout.split())
+    assert "Usage: awq quantize MODEL OUT [OPTIONS]" in text
+    assert "--seed N Draws other windows of the text. [default: 0]" in text
+    assert "--method awq|rtn" in text
+    assert "[required] OUT" in text
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("nonsense", "no such command 'nonsense'; awq --help lists what there is"),
+        ("--nonsense", "no such option: --nonsense; awq --help lists what there is"),
+        ("inspect", "missing argument 'PATH'; awq inspect --help lists what there is"),
+        ("explain . --rows 0", "invalid value for '--rows': "),
+        ("explain . --rows many", "invalid value for '--rows': "),
+        (
+            "explain . --dtype int4",
+            "invalid value for '--dtype': 'int4' is not one of 'float16', 'bfloat16', 'float32'",
+        ),
+        ("generate .", "missing option '--prompt'"),
+        ("bench . --vendor amd", "no such option: --vendor"),
+        ("quantize a b --method rtn --paper", "--method rtn takes no calibration"),
+        ("compare a", "missing argument 'B'"),
+        ("new-backend", "missing argument 'NAME'"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(line: str, said: str) -> None:
+    sentence = refused(*line.split())
+    assert sentence.startswith(said)
+    assert "\n" not in sentence
+
+
+def test_awq_alone_prints_the_help() -> None:
+    result = awq()
+    assert "Commands:" in result.output
+    assert "error" not in result.output
 
 
 def test_version() -> None:
