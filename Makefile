@@ -4,7 +4,8 @@
 # on a machine without a GPU, point pip at PyTorch's CPU index for the small one: PIP_EXTRA_INDEX_URL=... make demo
 
 PYTHON ?= python3
-PIP_FLAGS ?= -qq
+# Silent where nobody watches; at a terminal pip shows its progress.
+PIP_FLAGS ?= $(shell test -t 2 || echo -qq)
 ARGS ?=
 # Files that begin with an underscore are helpers of the benchmarks.
 BENCH ?= $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))

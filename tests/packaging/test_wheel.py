@@ -67,7 +67,7 @@ def test_entry_points(wheel: dict[str, str]) -> None:
     entries = configparser.ConfigParser()
     entries.read_string(metadata(wheel, "entry_points.txt"))
     assert entries["awq_core.backends"]["cpu"] == "awq_cpu.plugin"
-    assert entries["console_scripts"]["awq"] == "awq_core.cli:main"
+    assert entries["console_scripts"]["awq"] == "awq_core.__main__:main"
 
 
 def test_entry_points_name_files_of_the_wheel(wheel: dict[str, str]) -> None:

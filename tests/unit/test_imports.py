@@ -64,9 +64,10 @@ MAY_IMPORT |= {
     "auto": {"hf"},
     "bench": CORE | {"hf"},
     "cli": CORE | {"bench", "hf", "testing", FACE},
+    "__main__": {"cli"},
     FACE: {"request"},  # the rest it names in strings and imports on first use
 }
-LAZY_ROOMS = {FACE, "cli"}  # these import nothing heavy at their top level
+LAZY_ROOMS = {FACE, "cli", "__main__"}  # these import nothing heavy at their top level
 HEAVY = {"torch", "transformers", "triton"}
 PLUGIN_MAY_IMPORT = {
     "backends": {"api", "fragments"},
