@@ -147,6 +147,20 @@ def test_troubleshooting_names_real_messages():
     assert [piece for piece in pieces if piece not in source] == []
 
 
+def named_files(text: str) -> set[str]:
+    """The files and folders of the repository that a page names in its text, those with a NAME to fill in left out."""
+    found = re.findall(r"`((?:\.github|awq_core|backends|benchmarks|docs|fusers|tests)/[\w./-]*)`", text)
+    return {name for name in found if "NAME" not in name}
+
+
+def test_files_that_are_named_exist():
+    theirs = "docs/writing-a-backend.md"  # it names the files of the author's own distribution
+    pages = [*(page for page in PAGES if page != theirs), "SECURITY.md", "CHANGELOG.md"]
+    named = {(page, file) for page in pages for file in named_files((ROOT / page).read_text("utf-8"))}
+    assert len(named) > 20
+    assert [(page, file) for page, file in sorted(named) if not (ROOT / file).exists()] == []
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "backends/README.md"])
 def test_links_lead_somewhere(page):
     """Those of the site are checked when it is built."""
