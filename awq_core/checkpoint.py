@@ -160,7 +160,22 @@ def read_config(folder: Path | str) -> dict[str, Any]:
         CheckpointError: the folder has no config.json, it is not JSON, or the model is not quantized.
         ConfigError: it was quantized by another method.
     """
-    folder = Path(folder)
+    found = _said(Path(folder))
+    if found is None:
+        raise CheckpointError(
+            f"{folder}: this model is not quantized (its config.json has no quantization_config): "
+            f"run `awq quantize MODEL OUT` first and use OUT"
+        )
+    return found
+
+
+def is_quantized(folder: Path | str) -> bool:
+    """Whether a model folder holds an AWQ model; False for a dense one. Raises what ``read_config`` does otherwise."""
+    return _said(Path(folder)) is not None
+
+
+def _said(folder: Path) -> dict[str, Any] | None:
+    """The raw quantization config, None for a dense model."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder" if not folder.exists() else f"{folder}: not a folder")
     if not (folder / "config.json").is_file():
@@ -171,10 +186,7 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     if not found:
         legacy = [folder / name for name in LEGACY_FILES if (folder / name).is_file()]
         if not legacy:
-            raise CheckpointError(
-                f"{folder}: this model is not quantized (its config.json has no quantization_config): "
-                f"run `awq quantize MODEL OUT` first and use OUT"
-            )
+            return None
         path, found = legacy[0], _read_json(legacy[0])
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: quantization_config is a {type(found).__name__}, it has to be an object")

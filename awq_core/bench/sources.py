@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import gc
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from ..checkpoint import checkpoint_files
-from ..errors import CheckpointError
+from ..checkpoint import checkpoint_files, is_quantized
 from .models import named_config, random_awq_model, random_dense_model
 
 Variant = Literal["unfused", "fused", "dense"]
@@ -61,16 +59,12 @@ class Folder:
 
     @classmethod
     def open(cls, path: Path) -> Folder:
-        """CheckpointError where ``path`` is no model folder."""
+        """CheckpointError where ``path`` is no model folder, ConfigError where another method quantized it."""
         from ..hf.loading import read_model_config
 
         checkpoint_files(path)
-        try:
-            said = json.loads((path / "config.json").read_text("utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{path / 'config.json'} is not JSON: {error}") from None
-        config, quantized = read_model_config(path), said.get("quantization_config") is not None
-        return cls(path, config, quantized)
+        quantized = is_quantized(path)
+        return cls(path, read_model_config(path), quantized)
 
     def describe(self) -> str:
         """In words."""

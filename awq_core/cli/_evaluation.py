@@ -199,14 +199,9 @@ def show(found: Evaluated, title: str, as_json: bool) -> None:
 
 def _kind(path: Path) -> str:
     """``dense`` or ``AWQ g128``, from config.json."""
-    from ..checkpoint import LEGACY_FILES
+    from ..checkpoint import is_quantized
 
-    try:
-        config = json.loads((path / "config.json").read_text("utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path / 'config.json'} is not JSON: {error}") from None
-    said = config.get("quantization_config") if isinstance(config, dict) else None
-    if said is None and not any((path / name).is_file() for name in LEGACY_FILES):
+    if not is_quantized(path):
         return "dense"
     from ._checkpoint import open_checkpoint
 

@@ -16,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..errors import AwqError, CheckpointError, ConfigError
 from ..packed import DTYPE_NAMES, PackedModule
+from .autoawq_options import TOKENIZER_FILES
 from .config import AwqConfig
 from .enable import enable
 
@@ -123,7 +124,9 @@ def load(folder: Path, dtype: str | None = None, device: str | None = None, vers
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{folder} has no tokenizer that transformers can load: {_first_line(error)}") from error
+        there = any((folder / name).is_file() for name in TOKENIZER_FILES)
+        why = _first_line(error) if there else "copy its tokenizer.json or tokenizer.model into the folder"
+        raise CheckpointError(f"{folder} has no tokenizer that transformers can load: {why}") from error
     try:
         with warnings.catch_warnings():
             # That the request is merged into the checkpoint's config is what we want.

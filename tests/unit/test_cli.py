@@ -288,9 +288,51 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, command: str, fault: s
     assert "\n" not in said
 
 
-def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
-    for command in ("inspect", "explain"):
-        assert refused(command, tmp_path / "nowhere") == f"{tmp_path / 'nowhere'}: no such folder"
+NO_MODEL = {  # what stands where a model should be, and what is said of it
+    "nowhere": "no such folder",
+    "file": "not a folder",
+    "empty": "empty: ",
+    "gptq": "gptq",
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("places")
+    (folder / "file").write_text("hello")
+    (folder / "empty").mkdir()
+    config = damaged(folder / "gptq", "gptq") / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "llama"}))
+    return folder
+
+
+@pytest.mark.parametrize("place", NO_MODEL)
+@pytest.mark.parametrize(
+    "line",
+    [
+        "inspect HERE",
+        "explain HERE",
+        "generate HERE --prompt hi",
+        "quantize HERE out --method rtn",
+        "eval HERE",
+        "compare HERE HERE/other",
+        "bench HERE --prefill 8",
+        "demo --model HERE",
+    ],
+)
+def test_what_is_no_model_is_refused_in_one_sentence(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, place: str
+) -> None:
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        monkeypatch.setenv(name, "1")  # what the demo sets ends with this test
+    monkeypatch.chdir(tmp_path)
+    result = awq(*(word.replace("HERE", str(places / place)) for word in line.split()))
+    assert result.exit_code == 2
+    said = [text for text in result.stderr.splitlines() if text]
+    assert len(said) == 1, result.stderr
+    assert said[0].startswith("error: ")
+    assert NO_MODEL[place] in said[0]
+    assert list(tmp_path.iterdir()) == []
 
 
 # inspect
@@ -516,7 +558,7 @@ def test_generate_refuses_in_a_sentence(tiny: Path, tmp_path: Path, stock: None)
     for file in tiny.iterdir():
         if "token" not in file.name and "chat" not in file.name:
             (tmp_path / file.name).symlink_to(file)
-    assert "has no tokenizer" in refused("generate", tmp_path, "--prompt", "hi")
+    assert "copy its tokenizer.json or tokenizer.model" in refused("generate", tmp_path, "--prompt", "hi")
 
 
 def test_generate_names_scales_that_are_not_finite(tiny: Path, tmp_path: Path, stock: None) -> None:

@@ -115,7 +115,7 @@ def test_what_is_refused(tmp_path: Path, checkpoint: Any) -> None:
     )
     (tmp_path / "model.safetensors").write_bytes(b"")
     (tmp_path / "config.json").write_text("{]")
-    assert "is not JSON" in refused("bench", tmp_path)
+    assert "not valid JSON" in refused("bench", tmp_path)
 
 
 def test_without_matplotlib_a_sentence_comes_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
