@@ -232,6 +232,10 @@ def _checked(place: str) -> str:
         raise ConfigError(f"device {place!r} is not understood: write cpu, cuda, cuda:1 or auto") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device {place!r}: this machine has no such GPU")
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:  # meta, or a kind of device that this torch was built without
+        raise ConfigError(f"device {place!r} cannot be used: {_first_line(error)}; write cpu or cuda") from None
     return place
 
 

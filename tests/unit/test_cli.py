@@ -554,6 +554,7 @@ def test_generate_refuses_in_a_sentence(tiny: Path, tmp_path: Path, stock: None)
     assert "not installed" in refused("generate", tiny, "--prompt", "hi", "--version", "nobody")
     assert "is not understood" in refused("generate", tiny, "--prompt", "hi", "--device", "toaster")
     assert "no such GPU" in refused("generate", tiny, "--prompt", "hi", "--device", "cuda:77")
+    assert "'meta' cannot be used" in refused("generate", tiny, "--prompt", "hi", "--device", "meta")
     assert "the prompt is empty" in refused("generate", tiny, "--prompt", "", "--no-chat")
     for file in tiny.iterdir():
         if "token" not in file.name and "chat" not in file.name:
