@@ -99,6 +99,8 @@ def bench(
         from ..bench.sources import Folder, Named, Variant
 
     if plot is not None:
+        if plot.exists() and not plot.is_dir():
+            raise ConfigError(f"--plot {plot} is a file: name a folder for the charts")
         pyplot()  # says that matplotlib is missing before anything is measured
     place = pick_device(device)
     source = Folder.open(path) if path is not None else Named(config or "", layers, group_size)

@@ -69,6 +69,16 @@ def test_the_api_reference_has_every_public_name():
     assert set(awq_core.__all__) | set(api.__all__) <= named | apart
 
 
+def test_the_architecture_names_every_room():
+    spec = importlib.util.spec_from_file_location("awq_core_rooms", ROOT / "tests" / "unit" / "test_imports.py")
+    table = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = table  # its NamedTuples look their module up
+    spec.loader.exec_module(table)
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    rooms = set(table.MAY_IMPORT) - {table.FACE}
+    assert {room for room in rooms if not re.search(f"`{re.escape(room)}/?`", page)} == set()
+
+
 def test_pictures_need_nothing_from_elsewhere(made):
     for file, text in made.items():
         if file.suffix == ".svg":

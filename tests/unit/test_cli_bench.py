@@ -116,6 +116,7 @@ def test_what_is_refused(tmp_path: Path, checkpoint: Any) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     (tmp_path / "config.json").write_text("{]")
     assert "not valid JSON" in refused("bench", tmp_path)
+    assert "is a file" in refused("bench", "--config", "small", "--plot", tmp_path / "config.json")
 
 
 def test_without_matplotlib_a_sentence_comes_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
