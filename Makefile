@@ -71,7 +71,7 @@ docs-site: $(SITE) ## build the documentation site into build/site (mkdocs; warn
 
 clean: ## remove caches and built files; .venv stays
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	@find awq_core backends tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find awq_core backends fusers docs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(DEMO): $(INPUTS)
 	$(call install,demo)

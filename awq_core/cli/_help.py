@@ -75,7 +75,7 @@ def _default(parameter: Any) -> str:
 
 
 class PlainCommand(TyperCommand):
-    """A command whose help is plain lines, as wide as the terminal, whichever version of typer is installed."""
+    """A command whose help is plain lines, whichever version of typer is installed."""
 
     def format_usage(self, ctx: Any, formatter: Any) -> None:
         """Write the line that shows how to call it."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from svg import COLOURS, SOFT, STRONG, Picture
 
@@ -28,7 +30,54 @@ def pictures() -> dict[str, str]:
         if bars:
             title = f"SmolLM2-135M-Instruct, tokens/s ({file.stem.removeprefix('generate-')})"
             made[f"chart-{file.stem}.svg"] = bars_chart(title, bars)
+    for file in sorted(RESULTS.glob("quantize-*.json")):
+        title = "SmolLM2-135M-Instruct, KL from the dense model in nats; shorter is better"
+        made[f"chart-{file.stem}.svg"] = bars_chart(title, _quantize(json.loads(file.read_text())["rows"]))
+    for file in sorted(RESULTS.glob("cpu-decode-*.txt")):
+        bars = _cpu_decode(file.read_text("utf-8"))
+        made[f"chart-{file.stem}.svg"] = bars_chart("SmolLM2-135M-Instruct, decoding one sequence", {"tokens/s": bars})
+    for file in sorted(RESULTS.glob("decode-*.json")):
+        found = json.loads(file.read_text())
+        title = f"Mistral-7B with random weights, fused, decode tokens/s, on {found['device']}"
+        made[f"chart-{file.stem}.svg"] = bars_chart(title, _decode(found["rows"]))
     return made
+
+
+def _quantize(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean KL over the seeds, by group size and method."""
+    names = {"rtn": "rounding to nearest", "paper": "the paper's search", "awq-core": "awq-core"}
+    found: dict[int, dict[str, list[float]]] = {}
+    for row in rows:
+        if row["method"] in names:
+            found.setdefault(row["group"], {}).setdefault(names[row["method"]], []).append(row["kl"])
+    return {
+        f"groups of {group}": {name: round(statistics.mean(values), 4) for name, values in found[group].items()}
+        for group in sorted(found, reverse=True)
+    }
+
+
+def _cpu_decode(text: str) -> dict[str, float]:
+    """Median tokens/s of ``generate()`` by model, of the raw loop where there is no other; out of the first table."""
+    table = text[text.index("decode, generate()") :].partition("└")[0]
+    found: dict[str, float] = {}
+    for line in table.splitlines():
+        cells = [cell.strip() for cell in line.split("│")[1:-1]]
+        if cells:
+            name, _, generated, raw = cells
+            found[name] = float((generated or raw).split()[0])
+    return found
+
+
+def _decode(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Tokens/s by batch and prompt: the fast step, and transformers' own forward with the same kernels."""
+    return {
+        f"batch {row['batch']}, prompt {row['prefill']}": {
+            "generate()": round(row["generate_tok_s"]),
+            "transformers' forward": round(row["hf_tok_s"]),
+        }
+        for row in rows
+        if "hf_tok_s" in row
+    }
 
 
 def _sum_of_linears(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[int, float]]:
@@ -106,5 +155,6 @@ def bars_chart(title: str, groups: Mapping[str, Mapping[str, float]]) -> str:
             width = 380 * values[name] / max(values.values())
             made.box(192, y + 22 * at, width, 19, COLOURS[names.index(name)])
             made.text(200, y + 22 * at + 14, name, 11)
-            made.text(192 + width + 8, y + 22 * at + 14, f"{values[name]:g}", 12)
+            beside = 192 + max(width, 14 + 6.8 * len(name)) + 8  # a name may be longer than its bar
+            made.text(beside, y + 22 * at + 14, f"{values[name]:g}", 12)
     return str(made)
