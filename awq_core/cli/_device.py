@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from ..errors import ConfigError
 from ..spec import Device
+from ._progress import starting
 
 
 def local_devices() -> list[Device]:
     """The devices of this machine, the one that a model would be put on first."""
-    import torch
+    with starting():
+        import torch
 
     gpus = [
         torch.device("cuda", index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)

@@ -141,9 +141,9 @@ def evaluate(
     kinds = {path: _kind(path) for path in paths}
     words = read_text(text)
 
-    from ._progress import progress_bar
+    from ._progress import progress_bar, starting
 
-    with progress_bar("starting"):
+    with starting():
         import torch
 
         from ..evaluation.scores import score

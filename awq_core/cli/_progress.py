@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,3 +38,8 @@ def progress_bar(what: str, screen: Console | None = None) -> Iterator[Step]:
             bar.update(task, completed=done, total=total, name=name)
 
         yield step
+
+
+def starting() -> AbstractContextManager[Any]:
+    """A bar around the imports that take seconds, the first time."""
+    return nullcontext() if "torch" in sys.modules else progress_bar("starting")

@@ -87,9 +87,9 @@ def bench(
     sizes = numbers("--batch-size", batch_size) or [1]
     lengths, news = numbers("--prefill", prefill), numbers("--decode", decode)
 
-    from ._progress import progress_bar
+    from ._progress import progress_bar, starting
 
-    with progress_bar("starting"):
+    with starting():
         import torch
 
         from ..bench.machine import pick_device

@@ -37,10 +37,10 @@ def generate(
     """
     from ._checkpoint import open_checkpoint
     from ._output import console, print_json
-    from ._progress import progress_bar
+    from ._progress import starting
 
     open_checkpoint(path)  # says what is wrong with the files before anything heavy is imported
-    with progress_bar("starting"):
+    with starting():
         from ..hf.generation import answer, load, prompt_ids
 
     started = time.perf_counter()
