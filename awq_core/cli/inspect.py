@@ -149,15 +149,11 @@ def oddities(opened: Opened) -> list[str]:
             )
         elif not any(word in name for name in opened.headers):
             odd.append(f"modules_to_not_convert names {word!r}, which is nowhere in the files")
-    extra = [key for key, value in (config.model_extra or {}).items() if not _ours(key, value)]
-    if extra:
-        odd.append(f"the config has keys that awq-core does not read, and keeps: {', '.join(extra)}")
+    extra = config.model_extra or {}
+    ours = isinstance(extra.get("meta"), dict) and "made_by" in extra["meta"]  # what `awq quantize` says of its run
+    if unknown := [key for key in extra if key != "meta" or not ours]:
+        odd.append(f"the config has keys that awq-core does not read, and keeps: {', '.join(unknown)}")
     return odd + _head(opened)
-
-
-def _ours(key: str, value: Any) -> bool:
-    """Whether ``awq quantize`` wrote it."""
-    return key == "meta" and isinstance(value, dict) and str(value.get("made_by")).startswith("awq-core ")
 
 
 def _head(opened: Opened) -> list[str]:

@@ -528,6 +528,14 @@ def test_quantize_refuses_in_a_sentence(dense: Path, tiny: Path) -> None:
     assert awq("quantize", dense, tiny.parent / "other", "--layout", "marlin").exit_code == 2
 
 
+def test_quantize_for_people(dense: Path, tmp_path: Path) -> None:
+    result = awq("quantize", dense, tmp_path / "out", "--group-size", "64", "--layout", "gemv")
+    assert result.exit_code == 0, result.stderr
+    assert "is written in" in result.stdout
+    assert "output embedding" in result.stdout
+    assert data("inspect", tmp_path / "out")["layouts"] == {"gemv": 14}
+
+
 def test_overwrite_replaces_a_model_and_nothing_else(dense: Path, tmp_path: Path) -> None:
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "one.txt").write_text("dear")
@@ -536,14 +544,6 @@ def test_overwrite_replaces_a_model_and_nothing_else(dense: Path, tmp_path: Path
         said = refused("quantize", dense, tmp_path / place, "--method", "rtn", "--overwrite")
         assert "not a model's folder" in said
     assert [(tmp_path / name).read_text() for name in ("letters/one.txt", "file")] == ["dear", "dear"]
-
-
-def test_quantize_for_people(dense: Path, tmp_path: Path) -> None:
-    result = awq("quantize", dense, tmp_path / "out", "--group-size", "64", "--layout", "gemv")
-    assert result.exit_code == 0, result.stderr
-    assert "is written in" in result.stdout
-    assert "output embedding" in result.stdout
-    assert data("inspect", tmp_path / "out")["layouts"] == {"gemv": 14}
 
 
 def test_generate_streams_and_reports(tiny: Path, stock: None) -> None:
