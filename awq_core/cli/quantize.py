@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..errors import ConfigError
 from ._options import AsJson
 
 if TYPE_CHECKING:
@@ -99,6 +98,8 @@ def quantize(
 
             options |= PAPER
     elif calib or resume or export_dense or paper:
+        from ..errors import ConfigError
+
         raise ConfigError("--method rtn takes no calibration: leave --calib, --resume, --export-dense and --paper out")
     report = run(
         console(stderr=True),
