@@ -1,34 +1,38 @@
-"""GPU kernels by shape and M: ours (as the dispatcher plans them) beside fp16 `torch.matmul`, tinygemm and humming.
+"""GPU kernels by shape and M: ours (as the dispatcher plans them) beside dense matmul, humming, tinygemm and gemlite.
 
-Shapes are the linears of Llama-3-8B / Mistral-7B, q+k+v and gate+up joined. Weights rotate over enough copies that the
-L2 does not help; at least 24 calls are captured in one CUDA graph, whose replays are timed (median). Every result is
-checked against float64 on the dequantized weight, on poisoned output memory.
+    python benchmarks/kernels.py --json kernels.json
+
+Shapes are the linears of Llama-3-8B / Mistral-7B, q+k+v and gate+up joined; k alone; and a small square one. Weights
+rotate over enough copies that the L2 does not help; at least 24 calls are captured in one CUDA graph, whose replays are
+timed (median). Every result is checked against float64 on the dequantized weight, on poisoned output memory. Percent
+are of the bandwidth of a copy in the same run. At the end: the dequantize kernel alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import triton
+from _peers import PEERS, Case, make_case, planned
 from rich.console import Console
 from rich.table import Table
 
 import awq_core
 from awq_core.explain import plan_line
-from awq_core.layouts import checkpoint_layout, dequantize
-from awq_core.ops import apply_plan
-from awq_core.selection import select
-from awq_core.spec import Device, LinearSpec
-from awq_core.testing.data import random_codes
 
-SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)}
-L2_BYTES = 280e6
+LAYER = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)}
+SHAPES = LAYER | {"k": (4096, 1024), "small": (896, 896)}
+ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
+OURS, DENSE, BEST = "awq-core", "dense", "humming"
+CONSOLE = Console(width=170)
+
+Times = dict[str, dict[int, float]]
 
 
 def graph_us(calls: list[Callable[[], object]], rounds: int = 7) -> float:
@@ -54,9 +58,11 @@ def graph_us(calls: list[Callable[[], object]], rounds: int = 7) -> float:
     return statistics.median(times[2:])
 
 
-def copies_of(packed_bytes: float) -> int:
-    """How many copies of a weight are more than the L2 holds."""
-    return max(2, int(L2_BYTES / packed_bytes) + 1)
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy of 1 GB."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (graph_us([lambda: target.copy_(source)]) * 1e-6)
 
 
 def error(y: torch.Tensor, exact: torch.Tensor) -> float:
@@ -64,32 +70,77 @@ def error(y: torch.Tensor, exact: torch.Tensor) -> float:
     return float((y.double() - exact).norm() / exact.norm())
 
 
-def humming_layer(
-    stored: dict[str, torch.Tensor], k: int, n: int, group_size: int, dtype: torch.dtype
-) -> object | None:
-    """The peer humming-kernels with this weight, where it is installed."""
-    try:
-        from humming.layer import HummingLayer
-    except ImportError:
-        return None
-    config = {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True}
-    layer = HummingLayer(shape_n=n, shape_k=k, weight_config=config, torch_dtype=dtype).cuda()
-    layer.load_from_tensors({"qweight": stored["qweight"], "qzeros": stored["qzeros"], "scales": stored["scales"]})
-    layer.transform()
-    return layer
+def measure(case: Case, peers: list[str], rows: list[int]) -> tuple[Times, float]:
+    """Microseconds by peer and M, and our worst relative error."""
+    times: Times = {}
+    worst = 0.0
+    generator = torch.Generator().manual_seed(1)
+    inputs = {m: torch.randn(m, case.spec.in_features, generator=generator).to("cuda", case.dtype) for m in rows}
+    for peer in peers:
+        prepare, most = PEERS[peer]
+        calls = prepare(case)
+        if calls is None:
+            continue
+        times[peer] = {}
+        for m in (m for m in rows if m <= most):
+            try:
+                ready = calls(inputs[m])
+                poison = torch.full((64 << 20,), float("nan"), device="cuda")
+                del poison  # what the caching allocator hands out next is NaN
+                wrong = error(ready[0](), inputs[m].double() @ case.exact.double())
+                if not wrong < 5e-2:
+                    raise ArithmeticError(f"relative error {wrong:.1e}")
+                worst = max(worst, wrong) if peer == OURS else worst
+                times[peer][m] = graph_us(ready)
+            except Exception as failure:  # a peer that fails must not end the run; one of ours must
+                if peer.startswith(OURS):
+                    raise
+                CONSOLE.print(f"{peer} at M={m}: {failure!r}"[:300])
+        del calls
+        torch.cuda.empty_cache()
+    return times, worst
 
 
-def humming_call(layer: object, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """One call, with the configuration that humming's heuristics name for exactly this M."""
-    from humming.tune import get_heuristics_config
+def show(title: str, times: Times, rows: list[int], work: dict[str, Callable[[int], float]]) -> None:
+    """One table: microseconds by peer, ratios, and what ``work`` makes of our time."""
+    table = Table(title, *map(str, rows))
+    for peer, found in times.items():
+        table.add_row(peer, *(f"{found[m]:.1f}" if m in found else "" for m in rows))
+    ours = times[OURS]
+    for peer in (DENSE, BEST):
+        if peer in times:
+            ratios = (f"{ours[m] / times[peer][m]:.2f}" if m in times[peer] else "" for m in rows)
+            table.add_row(f"ratio to {peer}", *ratios)
+    for name, of in work.items():
+        table.add_row(name, *(f"{of(m):.0f}" for m in rows))
+    CONSOLE.print(table)
 
-    config = get_heuristics_config(layer.humming_config, shape_m=x.shape[0])
-    return lambda: layer(x, tuning_config=config)
+
+def dequantizing(cases: dict[str, Case], bandwidth: float) -> dict[str, dict[str, float]]:
+    """The dequantize kernel alone: microseconds, and percent of the bandwidth of a copy."""
+    table = Table("dequantize", "us", "GB/s", "% of a copy")
+    found = {}
+    for shape, case in cases.items():
+        plan, first = planned(case)
+        size = case.packed + 2 * case.exact.numel()
+        copies = [first, *({k: t.clone() for k, t in first.items()} for _ in range(case.copies(size)))]
+        calls = [partial(plan.resident.dequantize, case.spec, tensors, case.dtype) for tensors in copies]
+        wrong = error(calls[0](), case.exact.double())
+        if not wrong < 5e-3:
+            raise ArithmeticError(f"dequantize is wrong: relative error {wrong:.1e}")
+        us = graph_us(calls)
+        rate = size / us * 1e6
+        found[shape] = {"us": us, "of_copy": rate / bandwidth}
+        table.add_row(shape, f"{us:.1f}", f"{rate / 1e9:.0f}", f"{rate / bandwidth:.0%}")
+    CONSOLE.print(table)
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--json", type=Path)
@@ -97,77 +148,52 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("no GPU here: nothing was measured")
         return
-    dtype = getattr(torch, args.dtype)
-    device = torch.device("cuda")
-    console = Console(width=150)
+    peers, rows = [OURS, *(p for p in args.peers if p != OURS)], args.rows
+    bandwidth = copy_bandwidth()
     name = torch.cuda.get_device_name()
-    console.print(
+    CONSOLE.print(
         f"{name}, torch {torch.__version__}, triton {triton.__version__}, awq-core {awq_core.__version__}, "
-        f"{args.dtype}, g={args.group_size}, microseconds"
+        f"{args.dtype}, g={args.group_size}, microseconds; a copy moves {bandwidth / 1e9:.0f} GB/s"
     )
-    results: dict[str, dict[str, dict[int, float]]] = {}
-    for shape, (k, n) in SHAPES.items():
-        generator = torch.Generator().manual_seed(0)
-        spec = LinearSpec(k, n, args.group_size, dtype=args.dtype, device=Device.of(device))
-        plan = select(spec)
-        codes = random_codes(spec, generator)
-        stored = {key: t.to(device) for key, t in checkpoint_layout("gemm").pack(codes).items()}
-        exact_weight = dequantize(codes, torch.float32).to(device)
-        first = plan.resident.prepare(spec, stored)
-        ours = [first] + [{key: t.clone() for key, t in first.items()} for _ in range(copies_of(k * n / 2))]
-        dense = [exact_weight.to(dtype).T.contiguous() for _ in range(copies_of(k * n * 2))]
-        rows_table = Table(f"{shape} {k}->{n}", *map(str, args.rows))
-        times: dict[str, dict[int, float]] = {"awq-core": {}, "dense": {}, "tinygemm bf16": {}, "humming": {}}
-        layer = humming_layer(stored, k, n, args.group_size, dtype)
-        layers = [layer, *(copy.deepcopy(layer) for _ in ours[1:])] if layer is not None else []
-        tiny_weight = tiny_scale = None
-        if args.group_size in (32, 64, 128, 256):
-            q = codes.codes.T.contiguous().to(device)
-            packed = torch.ops.aten._convert_weight_to_int4pack((q[:, ::2] << 4 | q[:, 1::2]).contiguous(), 8)
-            scale = codes.scales.float().to(device)
-            pair = (
-                torch.stack([scale, (8 - codes.zeros.to(device).float()) * scale], -1).to(torch.bfloat16).contiguous()
-            )
-            tiny_weight = [packed.clone() for _ in ours]
-            tiny_scale = pair
-        worst = 0.0
-        for m in args.rows:
-            x = torch.randn(m, k, generator=generator).to(device, dtype)
-            exact = x.double() @ exact_weight.double()
-            poison = torch.full((64 << 20,), float("nan"), device=device)
-            del poison  # what the caching allocator hands out next is NaN
-            worst = max(worst, error(apply_plan(plan, first, x, None), exact))
-            times["awq-core"][m] = graph_us([lambda t=t, x=x, plan=plan: apply_plan(plan, t, x, None) for t in ours])
-            times["dense"][m] = graph_us([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense])
-            if layers:
-                try:
-                    peer_error = error(humming_call(layers[0], x)(), exact)
-                    assert peer_error < 5e-2, f"humming is wrong: {peer_error}"
-                    times["humming"][m] = graph_us([humming_call(other, x) for other in layers])
-                except Exception as failure:
-                    console.print(f"humming at M={m}: {failure!r}"[:300])
-            if tiny_weight is not None and m <= 64:
-                xb = x.bfloat16()
-                times["tinygemm bf16"][m] = graph_us(
-                    [
-                        lambda w=w, x=xb, s=tiny_scale: torch.ops.aten._weight_int4pack_mm(x, w, args.group_size, s)
-                        for w in tiny_weight
-                    ]
-                )
-        for peer, by_rows in times.items():
-            rows_table.add_row(peer, *(f"{by_rows[m]:.1f}" if m in by_rows else "" for m in args.rows))
-        console.print(rows_table)
-        console.print(f"{plan_line(plan)}; worst relative error {worst:.1e}")
+    results: dict[str, Times] = {}
+    cases: dict[str, Case] = {}
+    for shape in args.shapes:
+        k, n = SHAPES[shape]
+        case = cases[shape] = make_case(k, n, args.group_size, args.dtype)
+        times, worst = measure(case, peers, rows)
         results[shape] = times
-        del ours, dense, tiny_weight, layers
-        torch.cuda.empty_cache()
-    total = Table("sum of a layer", *map(str, args.rows))
-    for peer in ("awq-core", "dense", "tinygemm bf16", "humming"):
-        sums = [sum(results[s][peer].get(m, float("nan")) for s in SHAPES) for m in args.rows]
-        total.add_row(peer, *(f"{value:.1f}" if value == value else "" for value in sums))
-    console.print(total)
+        work = {
+            "% of a copy": lambda m, c=case, t=times: _bytes(c, m) / t[OURS][m] * 1e6 / bandwidth * 100,
+            "TFLOP/s": lambda m, k=k, n=n, t=times: 2 * m * k * n / t[OURS][m] * 1e-6,
+        }
+        show(f"{shape} {k}->{n}", times, rows, work)
+        CONSOLE.print(f"{plan_line(planned(case)[0])}; worst relative error {worst:.1e}")
+    if set(LAYER) <= set(results):
+        total = {
+            peer: {m: sum(results[s][peer][m] for s in LAYER) for m in rows if _everywhere(results, peer, m)}
+            for peer in peers
+            if all(peer in results[s] for s in LAYER)
+        }
+        moved = sum(_bytes(cases[s], 1) for s in LAYER)
+        numbers = sum(k * n for k, n in LAYER.values())
+        work = {
+            "% of a copy": lambda m: moved / total[OURS][m] * 1e6 / bandwidth * 100,
+            "TFLOP/s": lambda m: 2 * m * numbers / total[OURS][m] * 1e-6,
+        }
+        show("sum of a layer", total, rows, work)
+    decoded = dequantizing(cases, bandwidth)
     if args.json:
-        args.json.write_text(json.dumps({"device": name, "torch": torch.__version__, "results": results}, indent=1))
+        about = {"device": name, "torch": torch.__version__, "triton": triton.__version__, "copy": bandwidth}
+        args.json.write_text(json.dumps(about | {"results": results, "dequantize": decoded}, indent=1))
+
+
+def _bytes(case: Case, m: int) -> float:
+    """What a product of m rows moves at least."""
+    return case.packed + 2 * m * (case.spec.in_features + case.spec.out_features)
+
+
+def _everywhere(results: dict[str, Times], peer: str, m: int) -> bool:
+    return all(m in results[shape][peer] for shape in LAYER)
 
 
 if __name__ == "__main__":
