@@ -1,4 +1,4 @@
-"""The kernels that ``kernels.py`` sets beside each other: each makes, of one weight, callables that multiply by it.
+"""The kernels that ``gpu_linear.py`` sets beside each other: each makes, of one weight, callables that multiply by it.
 
 A peer is ``prepare(case)``, which gives ``calls(x)``: one callable for each copy of the weight. It gives None where it
 is not installed or does not take the case.
@@ -15,7 +15,7 @@ import torch
 
 from awq_core.layouts import checkpoint_layout, dequantize
 from awq_core.ops import apply_plan
-from awq_core.plan import Plan
+from awq_core.dispatch import Plan
 from awq_core.request import Request
 from awq_core.selection import select
 from awq_core.spec import Device, LinearSpec

@@ -1,6 +1,6 @@
 """GPU kernels by shape and M: ours (as the dispatcher plans them) beside dense matmul, humming, tinygemm and gemlite.
 
-    python benchmarks/kernels.py --json kernels.json
+    python benchmarks/gpu_linear.py --json linears.json
 
 Shapes are the linears of Llama-3-8B / Mistral-7B, q+k+v and gate+up joined; k alone; and a small square one. Weights
 rotate over enough copies that the L2 does not help; at least 24 calls are captured in one CUDA graph, whose replays are
