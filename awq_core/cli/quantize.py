@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ._errors import interrupted
 from ._options import AsJson
 
 if TYPE_CHECKING:
@@ -138,8 +139,23 @@ def quantize(
 
 def run(screen: Console, model: Path, out: Path, **options: Any) -> Any:
     """``awq_core.hf.quantize.quantize`` with a progress bar on ``screen``; returns its report."""
+    from transformers.utils.logging import disable_progress_bar
+
     from ..hf.quantize import quantize as quantize_model
     from ._progress import progress_bar
 
-    with progress_bar("quantizing", screen) as step:
-        return quantize_model(model, out, progress=step, **options)
+    disable_progress_bar()  # ours says more
+    try:
+        with progress_bar("quantizing", screen) as step:
+            return quantize_model(model, out, progress=step, **options)
+    except KeyboardInterrupt:
+        interrupted(_after_interrupt(out))
+
+
+def _after_interrupt(out: Path) -> str:
+    """What Ctrl-C left behind, and how to go on."""
+    from ..quantization.state import finished
+
+    blocks = finished(out)
+    kept = f"; {blocks} blocks are kept beside it: the same command with --resume goes on there" if blocks else ""
+    return f"interrupted: {out} was not written{kept}"

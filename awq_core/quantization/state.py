@@ -28,8 +28,7 @@ class State:
     @classmethod
     def beside(cls, out: Path, plan: Mapping[str, Any]) -> State:
         """The state of the run that writes ``out``."""
-        out = out.absolute()
-        return cls(out.with_name(f".{out.name}.awq-state"), json.loads(json.dumps(plan)))
+        return cls(_folder(out), json.loads(json.dumps(plan)))
 
     def begin(self, resume: bool) -> int:
         """Make the folder, or with ``resume`` find out how many blocks are done.
@@ -46,7 +45,7 @@ class State:
                     f"{self.folder} cannot be continued: it was begun with another {', '.join(differ)}; "
                     "repeat those options, or leave --resume out to begin again"
                 )
-            return self._done()
+            return self.done()
         shutil.rmtree(self.folder, ignore_errors=True)
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True)
@@ -83,7 +82,8 @@ class State:
         """The result is written: nothing is left to continue."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _done(self) -> int:
+    def done(self) -> int:
+        """How many blocks are finished."""
         found = [int(file.stem.rpartition("-")[2]) for file in self.folder.glob("hidden-*.safetensors")]
         done = max(found, default=-1) + 1
         return done if all(self._tensors(n).is_file() and self._record(n).is_file() for n in range(done)) else 0
@@ -96,6 +96,11 @@ class State:
 
     def _hidden(self, number: int) -> Path:
         return self.folder / f"hidden-{number:05d}.safetensors"
+
+
+def finished(out: Path) -> int:
+    """How many blocks of a run that was to write ``out`` are kept."""
+    return State(_folder(out), {}).done()
 
 
 class Tensors:
@@ -115,6 +120,11 @@ class Tensors:
         with safe_open(self.places[name], framework="pt") as opened:
             tensor: torch.Tensor = opened.get_tensor(name)
             return tensor
+
+
+def _folder(out: Path) -> Path:
+    out = out.absolute()
+    return out.with_name(f".{out.name}.awq-state")
 
 
 def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:

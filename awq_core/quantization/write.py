@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from ..errors import CheckpointError
 
+EXISTS = "{} exists already: choose another folder, or replace it with --overwrite"
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
@@ -29,7 +30,7 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-        raise CheckpointError(f"{out} exists already: choose another folder, or allow it to be replaced")
+        raise CheckpointError(EXISTS.format(out))
     partial = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
@@ -64,7 +65,9 @@ def disk_errors(place: Path) -> Iterator[None]:
 
 def _why(error: Exception) -> str:
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    return "the disk is full" if full else " ".join(str(error).split())
+    if full:
+        return "the disk is full"
+    return getattr(error, "strerror", None) or " ".join(str(error).split())
 
 
 @dataclass

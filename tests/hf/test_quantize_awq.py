@@ -342,6 +342,52 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(source, tmp_path, pro
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
+def test_a_run_goes_on_only_on_the_kind_of_device_that_it_was_begun_on(source, tmp_path, monkeypatch):
+    def stop(done, total, name):
+        if (done, total) == (1, 2):
+            plan = next(tmp_path.glob(".out.awq-state/plan.json"))
+            plan.write_text(plan.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "out", **QUICK, progress=stop)
+    with pytest.raises(CheckpointError, match="begun with another device"):
+        quantize(source, tmp_path / "out", **QUICK, resume=True)
+
+
+def test_a_device_without_memory_is_one_sentence(source, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(search_module, "quantize_block", full)
+    with pytest.raises(ConfigError, match=r"model\.layers\.0 does not fit into the free memory of cpu: free some"):
+        quantize(source, tmp_path / "out", **QUICK)
+
+
+@pytest.mark.parametrize("switch", ["older", "newer", "left alone"])
+def test_float32_is_float32_whatever_the_caller_allows(source, tmp_path, monkeypatch, switch):
+    real, found = search_module.quantize_block, set()
+
+    def spy(*args, **kwargs):
+        found.add((torch.backends.cuda.matmul.fp32_precision, torch.get_float32_matmul_precision()))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(search_module, "quantize_block", spy)
+    matmul = torch.backends.cuda.matmul
+    try:
+        if switch == "older":
+            torch.set_float32_matmul_precision("high")
+        elif switch == "newer":
+            matmul.fp32_precision = "tf32"
+        before = matmul.fp32_precision
+        quantize(source, tmp_path / "out", **QUICK)
+        assert found <= {("ieee", "highest"), ("none", "highest")}
+        assert matmul.fp32_precision == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = "none"
+
+
 @pytest.mark.parametrize("name", ["llama", "phi3", "falcon", "mixtral"])
 def test_export_dense_computes_what_the_model_did(name, tmp_path, load, ids):
     folder = dense_folder(tmp_path / "dense", name)
@@ -410,6 +456,7 @@ def test_a_model_without_a_tokenizer(tmp_path):
         ({"damping": 0.0}, "damping and correct_damping are factors above 0"),
         ({"correct": 0.5}, "needs propagate=True"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
+        ({"device": "meta"}, "device 'meta' cannot be used"),
         ({"calib": "nowhere.txt"}, r"nowhere\.txt: no such file or folder"),
     ],
 )
