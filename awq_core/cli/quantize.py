@@ -122,7 +122,7 @@ def quantize(
             "Weights",
             "| ",
             [
-                ("method", report.method),
+                ("method", "awq, the scales alone" if export_dense else report.method),
                 ("quantized modules", report.quantized),
                 ("group size", report.group_size),
                 ("dense tensors", report.dense),
@@ -131,7 +131,7 @@ def quantize(
             ],
         )
     )
-    if report.skipped:
+    if report.skipped and not export_dense:
         screen.print(table("Linears left dense", "module | why", report.skipped))
     for note in report.notes:
         screen.print(f"note: {note}", soft_wrap=True)
@@ -157,5 +157,7 @@ def _after_interrupt(out: Path) -> str:
     from ..quantization.state import finished
 
     blocks = finished(out)
-    kept = f"; {blocks} blocks are kept beside it: the same command with --resume goes on there" if blocks else ""
-    return f"interrupted: {out} was not written{kept}"
+    if not blocks:
+        return f"interrupted: {out} was not written"
+    kept = "1 finished block is kept" if blocks == 1 else f"{blocks} finished blocks are kept"
+    return f"interrupted: {out} was not written; {kept}, and the same command with --resume goes on there"

@@ -300,7 +300,7 @@ def test_the_report_and_the_config_say_what_was_done(source, tmp_path):
     assert meta["method"] == "AWQ"
     assert (meta["calibration"]["samples"], meta["calibration"]["length"]) == (4, 48)
     assert len(meta["calibration"]["sha256"]) == 64
-    assert meta["options"]["seed"] == 3
+    assert (meta["options"]["seed"], meta["options"]["group_size"]) == (3, 32)
     assert len(meta["losses"]) == 2
     assert all(0 < loss < 0.1 for loss in meta["losses"])
     stored = json.loads((tmp_path / "out" / "awq_report.json").read_text())
@@ -329,10 +329,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(source, tmp_path, pro
     with pytest.raises(KeyboardInterrupt):
         quantize(source, tmp_path / "out", **options, progress=stop)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(
-        CheckpointError, match=r"begun with another options; repeat those options, or leave --resume out"
-    ):
-        quantize(source, tmp_path / "out", **options | {"damping": 0.5}, resume=True)
+    for other in ({"damping": 0.5}, {"group_size": 64}):
+        with pytest.raises(
+            CheckpointError, match=r"begun with another options; repeat those options, or leave --resume out"
+        ):
+            quantize(source, tmp_path / "out", **options | other, resume=True)
     steps = []
     quantize(source, tmp_path / "out", **options, resume=True, progress=lambda *step: steps.append(step))
     assert [step[0] for step in steps if step[1] == 2] == [2]

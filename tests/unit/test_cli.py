@@ -452,7 +452,7 @@ def test_ctrl_c_says_how_to_go_on(dense: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(search, "quantize_block", stop)
     command = ("quantize", dense, tmp_path / "out", "--calib-samples", "4", "--calib-length", "64")
     result = awq(*command)
-    said = f"interrupted: {tmp_path / 'out'} was not written; 1 blocks are kept beside it: the same command with"
+    said = f"interrupted: {tmp_path / 'out'} was not written; 1 finished block is kept, and the same command with"
     assert (result.exit_code, result.stdout) == (130, "")
     assert result.stderr == f"{said} --resume goes on there\n"
     assert [path.name for path in tmp_path.iterdir()] == [".out.awq-state"]
