@@ -154,10 +154,10 @@ def run(screen: Console, model: Path, out: Path, **options: Any) -> Any:
 
 def _after_interrupt(out: Path) -> str:
     """What Ctrl-C left behind, and how to go on."""
-    from ..quantization.state import finished
+    from ..quantization.state import GO_ON, finished
 
     blocks = finished(out)
     if not blocks:
         return f"interrupted: {out} was not written"
     kept = "1 finished block is kept" if blocks == 1 else f"{blocks} finished blocks are kept"
-    return f"interrupted: {out} was not written; {kept}, and the same command with --resume goes on there"
+    return f"interrupted: {out} was not written; {kept}, {GO_ON}"

@@ -16,6 +16,7 @@ from ..errors import CheckpointError, ConfigError, LayoutError, first_line
 from ..layouts import Layout, checkpoint_layout
 from ..quantization.rtn import quantize_weight
 from ..quantization.settings import Settings
+from ..quantization.state import GO_ON
 from ..quantization.write import EXISTS, ShardWriter, copy_side_files, new_folder, write_json
 from .choose import Choice, choose
 from .export import new_config, rewrite
@@ -102,6 +103,7 @@ def quantize(
     blocks: tuple[Mapping[str, Any], ...] = ()
     finish: Callable[[], None] = _nothing
     notes = list(choice.notes)
+    left = "nothing is left of the attempt"
     if method == "awq":
         from .calibrated import calibrate
 
@@ -126,6 +128,7 @@ def quantize(
         meta |= found.meta
         notes += found.notes
         quantized = found.quantized
+        left = f"the calibrated blocks are kept, {GO_ON}"
     else:
         convert, quantized = _nearest(choice, kind, zero_point), len(choice.places)
 
@@ -133,7 +136,7 @@ def quantize(
         if progress is not None:
             progress(done, len(headers), key)
 
-    with new_folder(Path(out), overwrite) as folder:
+    with new_folder(Path(out), overwrite, left) as folder:
         writer = ShardWriter(folder, max_shard_size)
         before = rewrite(files, writer, convert, torch_dtype, each)
         copy_side_files(source, folder)

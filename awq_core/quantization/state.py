@@ -17,6 +17,8 @@ from ..errors import CheckpointError
 from .block import Hidden
 from .write import disk_errors, write_json
 
+GO_ON = "and the same command with --resume goes on there"
+
 
 @dataclass(frozen=True)
 class State:
@@ -54,7 +56,7 @@ class State:
 
     def save(self, number: int, tensors: dict[str, torch.Tensor], record: Mapping[str, Any], hidden: Hidden) -> None:
         """Block ``number`` is finished. The file of hidden states is renamed last: it says that all is there."""
-        with disk_errors(self.folder):
+        with disk_errors(self.folder, f"; finished blocks are kept ({number}), {GO_ON}" if number else ""):
             write_json(self._record(number), record)
             _save(tensors, self._tensors(number))
             states = {f"seen.{i}": x for i, x in enumerate(hidden.seen)}
@@ -129,5 +131,9 @@ def _folder(out: Path) -> Path:
 
 def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
     partial = file.with_name(f"{file.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    except BaseException:
+        partial.unlink(missing_ok=True)  # a disk that is full has no room for it
+        raise
     partial.rename(file)

@@ -22,8 +22,10 @@ WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpa
 
 
 @contextlib.contextmanager
-def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(out: Path, overwrite: bool = False, left: str = "nothing is left of the attempt") -> Iterator[Path]:
     """A temporary folder beside ``out`` that becomes ``out`` when the block ends well, and vanishes otherwise.
+
+    ``left`` is said where the disk fails.
 
     Raises:
         CheckpointError: ``out`` exists and is not empty (unless ``overwrite``), or the disk is full or read-only.
@@ -49,18 +51,18 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         else:
             partial.rename(out)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{out} was not written: {_why(error)}; nothing is left of the attempt") from error
+        raise CheckpointError(f"{out} was not written: {_why(error)}; {left}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def disk_errors(place: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into a CheckpointError; what was written before stays."""
+def disk_errors(place: Path, left: str = "") -> Iterator[None]:
+    """Turn a full or read-only disk into a CheckpointError; what was written before stays, of which ``left`` speaks."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{place} cannot be written: {_why(error)}") from error
+        raise CheckpointError(f"{place} cannot be written: {_why(error)}{left}") from error
 
 
 def _why(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 
@@ -16,6 +17,7 @@ from awq_core.hf import search as search_module
 from awq_core.hf.decoder import Decoder
 from awq_core.hf.quantize import quantize
 from awq_core.quantization.fold import Activation, Norm, Rows, fold
+from awq_core.quantization.state import finished
 from awq_core.quantization.trace import trace
 from awq_core.quantization.unstack import unstack
 from awq_core.testing.tiny import EXPERTS, SMALL, tiny_model
@@ -354,6 +356,29 @@ def test_a_run_goes_on_only_on_the_kind_of_device_that_it_was_begun_on(source, t
         quantize(source, tmp_path / "out", **QUICK, progress=stop)
     with pytest.raises(CheckpointError, match="begun with another device"):
         quantize(source, tmp_path / "out", **QUICK, resume=True)
+
+
+@pytest.mark.parametrize(("place", "kept"), [("state", 1), ("write", 2)])
+def test_a_full_disk_keeps_the_blocks_that_are_finished(source, tmp_path, monkeypatch, place, kept):
+    quantize(source, tmp_path / "whole", **QUICK)
+    real = save_file
+
+    def full(tensors, file, **options):
+        if place == "write" or "block-00001" in file.name:
+            file.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, file, **options)
+
+    monkeypatch.setattr(f"awq_core.quantization.{place}.save_file", full)
+    with pytest.raises(CheckpointError, match=r"the disk is full; .* kept.*, and the same command with --resume goes"):
+        quantize(source, tmp_path / "out", **QUICK)
+    assert finished(tmp_path / "out") == kept
+    assert not list(tmp_path.glob("**/*.partial"))
+    monkeypatch.undo()
+    quantize(source, tmp_path / "out", **QUICK, resume=True)
+    whole, found = (tmp_path / name / "model.safetensors" for name in ("whole", "out"))
+    assert found.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
 def test_a_device_without_memory_is_one_sentence(source, tmp_path, monkeypatch):
