@@ -139,8 +139,7 @@ def quantize(
 
 def run(screen: Console, model: Path, out: Path, **options: Any) -> Any:
     """``awq_core.hf.quantize.quantize`` with a progress bar on ``screen``; returns its report."""
-    from transformers.utils.logging import disable_progress_bar
-
+    from ..hf.quantize import disable_progress_bar
     from ..hf.quantize import quantize as quantize_model
     from ._progress import progress_bar
 

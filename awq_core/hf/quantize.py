@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers.utils.logging import disable_progress_bar as disable_progress_bar
 
 from .._version import __version__
 from ..checkpoint import checkpoint_files, read_headers
