@@ -144,8 +144,10 @@ def oddities(opened: Opened) -> list[str]:
             )
         elif not any(word in name for name in opened.headers):
             odd.append(f"modules_to_not_convert names {word!r}, which is nowhere in the files")
-    if config.model_extra:
-        odd.append(f"the config has keys that awq-core does not read, and keeps: {', '.join(config.model_extra)}")
+    extra = config.model_extra or {}
+    ours = isinstance(extra.get("meta"), dict) and "made_by" in extra["meta"]  # what `awq quantize` says of its run
+    if unknown := [key for key in extra if key != "meta" or not ours]:
+        odd.append(f"the config has keys that awq-core does not read, and keeps: {', '.join(unknown)}")
     return odd + _head(opened)
 
 
