@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
+from awq_core.dispatch import Plan
 from awq_core.layouts import checkpoint_layout, dequantize
 from awq_core.ops import apply_plan
-from awq_core.dispatch import Plan
 from awq_core.request import Request
 from awq_core.selection import select
 from awq_core.spec import Device, LinearSpec
