@@ -24,6 +24,11 @@ class CheckpointError(AwqError, ValueError):
     """A checkpoint is missing, truncated, incomplete, holds NaN or inf, or could not be written."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what ``error`` says, for a sentence of ours about it."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class PluginError(AwqError, RuntimeError):
     """A plugin that was asked for by name could not be loaded."""
 

@@ -103,7 +103,8 @@ class Kernel:
     ``tunables(spec, rows)`` lists the configs that ``awq tune`` measures at M = ``rows``; ``apply`` gets the best one
     back from ``awq_core.api.tuned("backend.kernel", spec, rows, x.device)``.
     ``epilogues`` are variants for fused blocks, by name, for linears without bias and M in ``capabilities``:
-    ``silu_mul(weight, x)`` gives ``silu(y[:, :N/2]) * y[:, N/2:]`` and ``add(weight, x, other)`` gives ``y + other``.
+    ``silu_mul(weight, x)``, N a multiple of 32, gives ``silu(y[:, :N/2]) * y[:, N/2:]``, and ``add(weight, x, other)``
+    gives ``y + other``.
     """
 
     name: str

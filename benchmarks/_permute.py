@@ -26,8 +26,9 @@ def permuted(source: Path, seed: int, out: Path) -> Path:
     take(model.model.norm.weight, hidden, 0)
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            take(norm.weight, hidden, 0)
+        for name, norm in layer.named_children():  # Gemma has two more, around the MLP
+            if name.endswith("layernorm"):
+                take(norm.weight, hidden, 0)
         for linear in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
             take(linear.weight, hidden, 1)
         for linear in (attention.o_proj, mlp.down_proj):

@@ -5,7 +5,8 @@
 First a model of two layers is checked: the fast step's logits against those of the unfused model, teacher-forced.
 Then, for each batch and prompt length: prefill, tokens per second of the raw loop (steps, started one after the other)
 and of ``generate()`` (greedy, the time of n + 1 tokens less that of one), what transformers does with the same
-fused linears and its own forward, and peak memory. ``--dense`` and ``--unfused`` add models, one at a time.
+fused linears and its own forward, and peak memory. ``--dense`` and ``--unfused`` add models, one at a time;
+``--tinygemm`` the peer that PyTorch itself brings: its int4 kernel, a static cache, a compiled step.
 """
 
 from __future__ import annotations
@@ -181,11 +182,13 @@ def raw_loop(engine: Any, model: Any, batch: int, length: int, new: int, device:
         return {"prefill_s": prefill_seconds, "step_s": timed(device, loop) / new}
 
 
-def generate_rate(model: Any, batch: int, length: int, new: int, device: torch.device, rounds: int = 3) -> float:
+def generate_rate(
+    model: Any, batch: int, length: int, new: int, device: torch.device, rounds: int = 3, **options: Any
+) -> float:
     """Tokens per second of ``generate()``, prefill taken off."""
     ids = prompt(model, batch, length)
-    one = timed(device, lambda: generate(model, ids, 1), rounds)
-    many = timed(device, lambda: generate(model, ids, new + 1), rounds)
+    one = timed(device, lambda: generate(model, ids, 1, **options), rounds)
+    many = timed(device, lambda: generate(model, ids, new + 1, **options), rounds)
     return batch * new / (many - one)
 
 
@@ -281,6 +284,46 @@ def bench(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
     return out
 
 
+class TinyLinear(torch.nn.Module):
+    """A linear by PyTorch's int4 kernel, with random codes: the time does not depend on them."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        n, k = linear.weight.shape
+        codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
+        self.n, self.packed = n, torch.ops.aten._convert_weight_to_int4pack(codes, 8)
+        self.scales = torch.full((k // 128, n, 2), 0.005, dtype=torch.bfloat16, device="cuda")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [.., K] in bfloat16."""
+        y = torch.ops.aten._weight_int4pack_mm(x.view(-1, x.shape[-1]), self.packed, 128, self.scales)
+        return y.view(*x.shape[:-1], self.n)
+
+
+@torch.no_grad()
+def tinygemm(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Tokens per second of ``generate()`` with int4 linears of PyTorch, a static cache and a compiled forward."""
+
+    def make() -> Any:
+        model = random_dense_model(config=args.config, layers=args.layers, device=device, dtype=torch.bfloat16)
+        for name, module in list(model.named_modules()):
+            if type(module) is torch.nn.Linear and name != "lm_head":
+                parent, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, TinyLinear(module))
+        return model
+
+    rows = []
+    with quiet_model(make) as model:
+        began = time.perf_counter()
+        generate(model, prompt(model, 1, min(args.prefill)), 8, cache_implementation="static")
+        CONSOLE.print(f"tinygemm: first generate(), compiled: {time.perf_counter() - began:.1f} s")
+        for length in args.prefill:
+            rate = generate_rate(model, 1, length, args.decode, device, 2, cache_implementation="static")
+            rows.append({"model": "tinygemm", "batch": 1, "prefill": length, "generate_tok_s": rate})
+            CONSOLE.print(f"tinygemm, static cache, compiled, batch 1, prefill {length}: {rate:.1f} tok/s")
+    return rows
+
+
 def show_profile(batch: int, length: int, rows: list[Any], step: float) -> None:
     total = sum(row[2] for row in rows)
     table = Table("kernel", "calls", "us a step", "us a call", title=f"batch {batch}, prefill {length}")
@@ -309,6 +352,7 @@ def main() -> None:
     parser.add_argument("--no-profile", dest="profile", action="store_false")
     parser.add_argument("--unfused", action="store_true", help="measure the unfused model too")
     parser.add_argument("--dense", action="store_true", help="measure the dense model too")
+    parser.add_argument("--tinygemm", action="store_true", help="measure PyTorch's int4 kernel, compiled, too")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
@@ -326,6 +370,8 @@ def main() -> None:
     if args.check and args.path is None:
         out["check"] = check(args, device, dtype)
     out |= bench(args, device, dtype)
+    if args.tinygemm:
+        out["rows"] += tinygemm(args, device)
     if args.json is not None:
         args.json.write_text(json.dumps(out, indent=1))
 

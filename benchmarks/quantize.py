@@ -1,7 +1,7 @@
 """Accuracy, time and memory of quantizing: dense, rounding to nearest, the paper's search, awq-core's.
 
 Each seed is one permutation of the model's channels and one draw of calibration windows. The permutation computes the
-same function and hides that SmolLM2's weights come from a GGUF file, whose blocks of 32 would flatter some methods.
+same function and hides that the weights come from a GGUF file, whose blocks of 32 would flatter some methods.
 Each run is a process of its own, so that its time and peak memory are its own. KL(dense || quantized), top-1 agreement
 and perplexity are taken over the same windows of the held-out texts, through the kernels that a user gets.
 
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--windows", type=int, default=8, help=f"of {CONTEXT} tokens, from each held-out text")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="in which to measure")
+    parser.add_argument("--processor", help="its name, where /proc/cpuinfo does not tell which one it is")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--save", metavar="NAME", help="also write results/quantize-NAME.txt and .json")
     args = parser.parse_args()
@@ -226,8 +227,9 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return {
-        "processor": f"{next(names, 'unknown')}, {torch.backends.cpu.get_cpu_capability()}",
+    model = {"model": args.model.name} if args.model else {}
+    return model | {
+        "processor": args.processor or f"{next(names, 'unknown')}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, awq-core {__version__}",
         "calibration": args.calib.name,

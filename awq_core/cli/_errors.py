@@ -44,14 +44,19 @@ class Guarded(TyperGroup):
         except OSError as error:
             fail(_os_sentence(error))
         except KeyboardInterrupt:
-            print(file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
+            interrupted("interrupted")
 
 
 def fail(message: str) -> NoReturn:
     """Say ``error: message`` on stderr and leave with exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise typer.Exit(FAILED)
+
+
+def interrupted(message: str) -> NoReturn:
+    """Say so on stderr, on a line of its own, and leave as a command does that Ctrl-C ended."""
+    print(f"\n{message}" if sys.stderr.isatty() else message, file=sys.stderr)
+    raise typer.Exit(INTERRUPTED) from None
 
 
 def _os_sentence(error: OSError) -> str:

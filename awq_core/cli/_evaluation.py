@@ -193,7 +193,7 @@ def show(found: Evaluated, title: str, as_json: bool) -> None:
         print_json(found.data())
         return
     screen = console()
-    screen.print(table(title, f"model {COUNTED}", [row.cells() for row in found.rows]))
+    screen.print(table(title, f"model | kind {COUNTED}", [row.cells() for row in found.rows]))
     screen.print(found.caption(), soft_wrap=True)
 
 

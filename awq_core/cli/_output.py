@@ -37,7 +37,10 @@ def table(title: str, columns: str, rows: Iterable[Iterable[object]]) -> Table:
         right = name.startswith(">")
         made.add_column(name.lstrip(">"), justify="right" if right else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(str(cell) for cell in row))
+        cells = [str(cell) for cell in row]
+        if len(cells) != len(names):  # rich would add columns without a header
+            raise ValueError(f"table {title!r} has {len(names)} columns and a row of {len(cells)}")
+        made.add_row(*cells)
     return made
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ._errors import interrupted
 from ._options import AsJson
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def quantize(
             "Weights",
             "| ",
             [
-                ("method", report.method),
+                ("method", "awq, the scales alone" if export_dense else report.method),
                 ("quantized modules", report.quantized),
                 ("group size", report.group_size),
                 ("dense tensors", report.dense),
@@ -136,7 +137,7 @@ def quantize(
             ],
         )
     )
-    if report.skipped:
+    if report.skipped and not export_dense:
         screen.print(table("Linears left dense", "module | why", report.skipped))
     for note in report.notes:
         screen.print(f"note: {note}", soft_wrap=True)
@@ -144,8 +145,24 @@ def quantize(
 
 def run(screen: Console, model: Path, out: Path, **options: Any) -> Any:
     """``awq_core.hf.quantize.quantize`` with a progress bar on ``screen``; returns its report."""
+    from ..hf.quantize import disable_progress_bar
     from ..hf.quantize import quantize as quantize_model
     from ._progress import progress_bar
 
-    with progress_bar("quantizing", screen) as step:
-        return quantize_model(model, out, progress=step, **options)
+    disable_progress_bar()  # ours says more
+    try:
+        with progress_bar("quantizing", screen) as step:
+            return quantize_model(model, out, progress=step, **options)
+    except KeyboardInterrupt:
+        interrupted(_after_interrupt(out))
+
+
+def _after_interrupt(out: Path) -> str:
+    """What Ctrl-C left behind, and how to go on."""
+    from ..quantization.state import GO_ON, finished
+
+    blocks = finished(out)
+    if not blocks:
+        return f"interrupted: {out} was not written"
+    kept = "1 finished block is kept" if blocks == 1 else f"{blocks} finished blocks are kept"
+    return f"interrupted: {out} was not written; {kept}, {GO_ON}"

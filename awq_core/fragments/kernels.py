@@ -200,11 +200,26 @@ def run(planes, J: tl.constexpr, CH: tl.constexpr, NT: tl.constexpr):
 
 
 @triton.jit
-def block_of(words_ptr, tile, b, blocks, tiles, NT: tl.constexpr, FULL: tl.constexpr):
-    """Words [NT, 16] of the NT columns from 16 * tile on and block b; past the last tile it is repeated."""
+def columns_of(first, apart, NT: tl.constexpr, PAIR: tl.constexpr):
+    """The NT columns of a tile [NT]: from ``first`` on; under PAIR half of them, the others ``apart`` further on."""
+    i = tl.arange(0, NT)
+    if PAIR:
+        n = first + i % (NT // 2) + (i // (NT // 2)) * apart
+    else:
+        n = first + i
+    return n
+
+
+@triton.jit
+def block_of(
+    words_ptr, tile, b, blocks, tiles, NT: tl.constexpr, FULL: tl.constexpr, apart=0, PAIR: tl.constexpr = False
+):
+    """Words [NT, 16] of block b for ``columns_of(16 * tile, apart)``; past the last tile of 16 it is repeated."""
     T: tl.constexpr = NT // 16
     e = tl.arange(0, NT * 16)  # c, column tile, lane (g, t), h, p
     column_tile = tile + (e // 128) % T
+    if PAIR:
+        column_tile = tile + (e // 128) % (T // 2) + ((e // 128) % T // (T // 2)) * (apart // 16)
     if not FULL:
         column_tile = tl.minimum(column_tile, tiles - 1)
     at = column_tile * (blocks * 256) + (e // (128 * T)) * 128 + e % 128
@@ -213,19 +228,30 @@ def block_of(words_ptr, tile, b, blocks, tiles, NT: tl.constexpr, FULL: tl.const
     return tl.reshape(words, (NT, 16))
 
 
+# One thread asks for kilobytes at once: an instruction for each line of 128 bytes holds up the loads that come after.
+PREFETCH = tl.constexpr("""
+{
+.reg .pred asks;
+setp.gt.s32 asks, $2, 0;
+@asks cp.async.bulk.prefetch.L2.global [$1], $2;
+mov.b32 $0, 0;
+}
+""")
+
+
 @triton.jit
-def fetch_ahead(words_ptr, tile, part, K, N, NT: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr):
-    """Bring the words of the first AHEAD blocks of ``accumulate`` into the L2; nothing waits for them."""
-    T: tl.constexpr = NT // 16
+def fetch_ahead(
+    words_ptr, tile, part, K, N, NT: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr, THREADS: tl.constexpr
+):
+    """Bring the words of the first AHEAD blocks of ``accumulate`` into the L2, from sm90 on; nothing waits for them."""
     blocks = tl.cdiv(K, 128)
     each = tl.cdiv(blocks, SPLIT)
-    e = tl.arange(0, T * AHEAD * 8)  # column tile, block, line of 128 bytes
-    block = tl.minimum(part * each + (e // 8) % AHEAD, blocks - 1)
-    column_tile = tl.minimum(tile + e // (AHEAD * 8), tl.cdiv(N, 16) - 1)
-    at = words_ptr + (column_tile * blocks + block) * 256 + (e % 8) * 32
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
+    e = tl.arange(0, THREADS)  # one element a thread: the first NT / 16 ask, each for a column tile
+    wanted = tl.minimum(AHEAD, tl.minimum(each, blocks - part * each))
+    inside = (e < NT // 16) & (tile + e < tl.cdiv(N, 16))
+    size = tl.where(inside, wanted * 1024, 0)
+    at = words_ptr + tl.where(inside, ((tile + e) * blocks + part * each) * 256, 0)
+    tl.inline_asm_elementwise(PREFETCH, "=r,l,r", [at.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -268,8 +294,10 @@ def accumulate(
     JOIN: tl.constexpr,  # whole groups in one product (where its operand order is that of the words: sm90)
     PTX: tl.constexpr,
     WIDE: tl.constexpr,  # multiply in float32: Triton's interpreter gets bfloat16 products wrong
+    apart=0,  # a multiple of 16
+    PAIR: tl.constexpr = False,
 ):
-    """Part of y^T [NT, MT] in float32: the columns from ``first`` on, rows m, one of SPLIT parts of K.
+    """Part of y^T [NT, MT] in float32: the columns ``columns_of(first, apart)``, rows m, one of SPLIT parts of K.
 
     The sum over a group is scaled in float32, so that each product is of the exact code and the activation as it is.
     """
@@ -277,7 +305,7 @@ def accumulate(
     blocks = tl.cdiv(K, 128)
     tiles = tl.cdiv(N, 16)
     each = tl.cdiv(blocks, SPLIT)
-    n = first + tl.arange(0, NT)
+    n = columns_of(first, apart, NT, PAIR)
     if not FULL:  # the words and scales past N are those of the last column; their products are not stored
         n = tl.minimum(n, N - 1)
     in_m = (m < M)[None, :]
@@ -286,7 +314,7 @@ def accumulate(
     total = tl.zeros((NT, MT), tl.float32)
     for b in tl.range(part * each, tl.minimum(blocks, (part + 1) * each), num_stages=STAGES):
         scales = scales_of(scales_ptr, n, b, G, N, GP, CH, PTX)
-        words = block_of(words_ptr, first // 16, b, blocks, tiles, NT, FULL)
+        words = block_of(words_ptr, first // 16, b, blocks, tiles, NT, FULL, apart, PAIR)
         planes = unpack(words, zeros_ptr, n, b, G, tl.cdiv(N, 8), GP, CH, dtype, NT, PTX)
         for j in tl.static_range(0, 8, CH):
             sums = tl.zeros((NT, MT), tl.float32)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import AutoConfig
 
-from ..errors import AwqError, CheckpointError, ConfigError
+from ..errors import AwqError, CheckpointError, ConfigError, first_line
 from ..layouts import Layout
 from ..quantization.settings import Settings
 from ..quantization.state import State, Tensors
@@ -58,9 +59,10 @@ def calibrate(
     place = _device(device)
     text = default_text() if calib is None else read_text(calib)
     encode, prefix = _tokenizer(source)
-    model = _load(source)
-    length = min(length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or length)
+    config = AutoConfig.from_pretrained(source).get_text_config()
+    length = min(length, getattr(config, "max_position_embeddings", None) or length)
     ids = windows(text, encode, samples, length, settings.seed, prefix)
+    model = _load(source)  # after the text, which may be too little
     calibration = {"text": text.name, "sha256": text.sha256, "samples": samples, "length": length}
     options = {"group_size": choice.group_size, **settings.record()}
     plan = {
@@ -72,6 +74,7 @@ def calibrate(
         "dtype": str(dtype),
         "left_out": sorted(name for name, _ in choice.skipped),
         "export_dense": export_dense,
+        "device": place.type,  # whose sums are rounded otherwise
         "torch": torch.__version__,
     }
     state = State.beside(out, plan)
@@ -150,8 +153,7 @@ def _load(source: Path) -> Any:
     except AwqError:
         raise
     except (ValueError, OSError, RuntimeError) as error:
-        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CheckpointError(f"{source} cannot be loaded by transformers: {said}") from error
+        raise CheckpointError(f"{source} cannot be loaded by transformers: {first_line(error)}") from error
     for name, tensor in model.named_parameters():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{name} holds NaN or inf, which has no code: the model is damaged")
@@ -182,10 +184,9 @@ def _tokenizer(source: Path) -> tuple[Callable[[str], Sequence[int]], list[int]]
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(f"device {name!r} cannot be used: {said}") from error
+        torch.zeros(1, device=device).cpu()  # which meta cannot
+    except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
+        raise ConfigError(f"device {name!r} cannot be used: {first_line(error)}") from error
     return device
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_line
 from ..quantization.call import Call
 
 
@@ -88,9 +88,9 @@ class Decoder:
         except _Done:
             pass
         except (RuntimeError, TypeError, AttributeError, KeyError, ValueError) as error:
-            said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            name = type(self.model).__name__
             raise CheckpointError(
-                f"{type(self.model).__name__} cannot be calibrated block by block ({said}): use --method rtn"
+                f"{name} cannot be calibrated block by block ({first_line(error)}): use --method rtn"
             ) from error
 
     @contextmanager

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers.utils.logging import disable_progress_bar as disable_progress_bar
 
 from .._version import __version__
 from ..checkpoint import checkpoint_files, read_headers
-from ..errors import CheckpointError, ConfigError, LayoutError
+from ..errors import CheckpointError, ConfigError, LayoutError, first_line
 from ..layouts import Layout, checkpoint_layout
 from ..quantization.rtn import quantize_weight
 from ..quantization.settings import Settings
-from ..quantization.write import ShardWriter, copy_side_files, new_folder, write_json
+from ..quantization.state import GO_ON
+from ..quantization.write import EXISTS, ShardWriter, copy_side_files, new_folder, write_json
 from .choose import Choice, choose
 from .export import new_config, rewrite
 from .skeleton import Names
@@ -102,6 +104,7 @@ def quantize(
     blocks: tuple[Mapping[str, Any], ...] = ()
     finish: Callable[[], None] = _nothing
     notes = list(choice.notes)
+    left = "nothing is left of the attempt"
     if method == "awq":
         from .calibrated import calibrate
 
@@ -126,6 +129,7 @@ def quantize(
         meta |= found.meta
         notes += found.notes
         quantized = found.quantized
+        left = f"the calibrated blocks are kept, {GO_ON}"
     else:
         convert, quantized = _nearest(choice, kind, zero_point), len(choice.places)
 
@@ -133,7 +137,7 @@ def quantize(
         if progress is not None:
             progress(done, len(headers), key)
 
-    with new_folder(Path(out), overwrite) as folder:
+    with new_folder(Path(out), overwrite, left) as folder:
         writer = ShardWriter(folder, max_shard_size)
         before = rewrite(files, writer, convert, torch_dtype, each)
         copy_side_files(source, folder)
@@ -183,11 +187,25 @@ def _skeleton(source: Path) -> Any:
 
     if not (source / "config.json").is_file():
         raise CheckpointError(f"{source} has no config.json: it is not a model folder")
-    config = AutoConfig.from_pretrained(source)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(f"{source} has no config.json that transformers can load: {first_line(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(f"{source} is quantized already: quantize the dense model that it was made from")
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    kind = f"{source} is a {config.model_type} model"
+    if config.is_encoder_decoder:
+        raise CheckpointError(f"{kind}, which has an encoder too: only decoder-only language models can be quantized")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:  # transformers' own sentence lists all architectures that it has
+        raise CheckpointError(f"{kind}, and transformers has no causal language model of that kind") from error
+    if getattr(config, "is_decoder", None) is False and type(model).__name__ not in (config.architectures or ()):
+        raise CheckpointError(
+            f"{kind}, an encoder that reads in both directions: only decoder-only language models can be quantized"
+        )
+    return model
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
@@ -197,7 +215,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
             f"{out} is not a model's folder, so it is not replaced: choose another one for the result"
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-        raise CheckpointError(f"{out} exists already: choose another folder, or allow it to be replaced")
+        raise CheckpointError(EXISTS.format(out))
 
 
 def _nearest(choice: Choice, layout: Layout, zero_point: bool) -> Callable[[str, torch.Tensor], Any]:

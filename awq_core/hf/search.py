@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import AwqError, CheckpointError
+from ..errors import AwqError, CheckpointError, ConfigError
 from ..layouts import Layout
 from ..quantization.block import BlockResult, Hidden, quantize_block
 from ..quantization.call import Call
@@ -50,6 +51,35 @@ def search(model: Any, ids: torch.Tensor, job: Job, state: State, resume: bool, 
     Raises:
         CheckpointError: the model cannot be calibrated block by block, or its weights or activations are not finite.
     """
+    with exact_matmuls():
+        return _search(model, ids, job, state, resume, progress)
+
+
+@contextmanager
+def exact_matmuls() -> Iterator[None]:
+    """Matmuls of float32 in float32, whatever the caller allows: TF32's error would hide whether a fold holds."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch's newer switch was turned, and the older one cannot say so
+        switch = torch.backends.cuda.matmul
+        allowed = switch.fp32_precision
+        switch.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            switch.fp32_precision = allowed
+        return
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _search(model: Any, ids: torch.Tensor, job: Job, state: State, resume: bool, progress: Step | None) -> int:
     decoder = Decoder.of(model)
     total = len(decoder.blocks)
     calls = decoder.calls(torch.split(ids, BATCH))
@@ -80,6 +110,10 @@ def search(model: Any, ids: torch.Tensor, job: Job, state: State, resume: bool, 
             )
         except AwqError as error:
             raise type(error)(f"{path}: {error}") from error
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"{path} does not fit into the free memory of {job.device}: free some, or leave --device out"
+            ) from error
         result.notes += notes + [f"{name}: experts of a form that is left dense" for name in strange]
         record = {
             "block": path,

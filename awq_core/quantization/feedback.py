@@ -20,7 +20,7 @@ def round_with_feedback(
     weight: torch.Tensor, moments: torch.Tensor, grid: Grid, group_size: int, damping: float = DAMPING
 ) -> torch.Tensor:
     """``weight`` [N, K] on ``grid``, with a small ``tr(D H D^T)`` for the moments H [K, K]."""
-    order = torch.argsort(moments.diagonal(), descending=True)
+    order = torch.argsort(moments.diagonal(), descending=True, stable=True)
     upper = _feedback(moments[order][:, order], damping)
     scales, zeros = (t[:, order].T.contiguous() for t in grid.columns(group_size))  # [K, N], a column is contiguous
     low, high = -zeros * scales, (TOP - zeros) * scales

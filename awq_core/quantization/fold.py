@@ -57,9 +57,9 @@ class Group:
         if not self.tied:
             return scales
         assert isinstance(self.before, Rows)
-        rows = self.before.rows.to(scales.device)
-        total = torch.zeros(int(rows.max()) + 1, device=scales.device).index_add_(0, rows, scales.log())
-        return (total / torch.bincount(rows).clamp(min=1))[rows].exp()
+        rows = self.before.rows.cpu()  # where the order of the sums is always the same
+        total = torch.zeros(int(rows.max()) + 1).index_add_(0, rows, scales.log().cpu())
+        return (total / torch.bincount(rows).clamp(min=1))[rows].exp().to(scales.device)
 
 
 class ScaledActivation(nn.Module):

@@ -48,7 +48,7 @@ class Moments:
     @property
     def dead(self) -> int:
         """How many channels were zero on every token."""
-        return int((self.mean_square.diagonal() <= DEAD).sum())
+        return int((self.square.diagonal() / max(1, self.count) <= DEAD).sum())
 
 
 @contextmanager

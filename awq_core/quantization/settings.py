@@ -25,7 +25,6 @@ class Settings:
     * ``tie_heads``: scale v and o under grouped-query attention too, with one scale for all heads that share a v
     """
 
-    group_size: int = 128
     zero_point: bool = True
     scale_steps: int = 20
     duo_scaling: bool = True

@@ -17,6 +17,8 @@ from ..errors import CheckpointError
 from .block import Hidden
 from .write import disk_errors, write_json
 
+GO_ON = "and the same command with --resume goes on there"
+
 
 @dataclass(frozen=True)
 class State:
@@ -28,8 +30,7 @@ class State:
     @classmethod
     def beside(cls, out: Path, plan: Mapping[str, Any]) -> State:
         """The state of the run that writes ``out``."""
-        out = out.absolute()
-        return cls(out.with_name(f".{out.name}.awq-state"), json.loads(json.dumps(plan)))
+        return cls(_folder(out), json.loads(json.dumps(plan)))
 
     def begin(self, resume: bool) -> int:
         """Make the folder, or with ``resume`` find out how many blocks are done.
@@ -46,7 +47,7 @@ class State:
                     f"{self.folder} cannot be continued: it was begun with another {', '.join(differ)}; "
                     "repeat those options, or leave --resume out to begin again"
                 )
-            return self._done()
+            return self.done()
         shutil.rmtree(self.folder, ignore_errors=True)
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True)
@@ -55,7 +56,7 @@ class State:
 
     def save(self, number: int, tensors: dict[str, torch.Tensor], record: Mapping[str, Any], hidden: Hidden) -> None:
         """Block ``number`` is finished. The file of hidden states is renamed last: it says that all is there."""
-        with disk_errors(self.folder):
+        with disk_errors(self.folder, f"; finished blocks are kept ({number}), {GO_ON}" if number else ""):
             write_json(self._record(number), record)
             _save(tensors, self._tensors(number))
             states = {f"seen.{i}": x for i, x in enumerate(hidden.seen)}
@@ -83,7 +84,8 @@ class State:
         """The result is written: nothing is left to continue."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _done(self) -> int:
+    def done(self) -> int:
+        """How many blocks are finished."""
         found = [int(file.stem.rpartition("-")[2]) for file in self.folder.glob("hidden-*.safetensors")]
         done = max(found, default=-1) + 1
         return done if all(self._tensors(n).is_file() and self._record(n).is_file() for n in range(done)) else 0
@@ -96,6 +98,11 @@ class State:
 
     def _hidden(self, number: int) -> Path:
         return self.folder / f"hidden-{number:05d}.safetensors"
+
+
+def finished(out: Path) -> int:
+    """How many blocks of a run that was to write ``out`` are kept."""
+    return State(_folder(out), {}).done()
 
 
 class Tensors:
@@ -117,7 +124,16 @@ class Tensors:
             return tensor
 
 
+def _folder(out: Path) -> Path:
+    out = out.absolute()
+    return out.with_name(f".{out.name}.awq-state")
+
+
 def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
     partial = file.with_name(f"{file.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    except BaseException:
+        partial.unlink(missing_ok=True)  # a disk that is full has no room for it
+        raise
     partial.rename(file)

@@ -62,7 +62,9 @@ def read_text(path: Path) -> Text:
     for file in found:
         try:
             documents.append((file.name, _read(file)))
-        except (OSError, UnicodeDecodeError, ValueError) as error:
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{file} cannot be read as calibration text: byte {error.start} is no UTF-8") from error
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{file} cannot be read as calibration text: {' '.join(str(error).split())}") from error
     return Text(str(path), tuple(documents))
 
@@ -91,6 +93,8 @@ def windows(
     chosen: list[torch.Tensor] = []
     while len(chosen) < samples and any(drawn):
         chosen += [pieces.pop() for pieces in drawn if pieces]
+    if not total:
+        raise ConfigError(f"{text.name} holds no text to calibrate on: it is empty")
     if len(chosen) < samples:
         raise ConfigError(
             f"{text.name}: {total} tokens of calibration text make {len(chosen)} windows of {length}, wanted "
@@ -105,14 +109,24 @@ def _read(file: Path) -> str:
         return "\n\n".join(_parquet(file))
     text = file.read_text("utf-8")
     if file.suffix == ".jsonl":
-        return "\n\n".join(_text_of(json.loads(line), file) for line in text.splitlines() if line.strip())
+        lines = enumerate(text.split("\n"), start=1)
+        return "\n\n".join(_text_of_line(number, line) for number, line in lines if line.strip())
     if file.suffix == ".json":
         found = json.loads(text)
-        return "\n\n".join(_text_of(item, file) for item in (found if isinstance(found, list) else [found]))
+        return "\n\n".join(_text_of(item) for item in (found if isinstance(found, list) else [found]))
     return text
 
 
-def _text_of(item: Any, file: Path) -> str:
+def _text_of_line(number: int, line: str) -> str:
+    try:
+        return _text_of(json.loads(line))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number} is no JSON ({error.msg}, column {error.colno})") from None
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from None
+
+
+def _text_of(item: Any) -> str:
     if isinstance(item, str):
         return item
     if isinstance(item, dict):

@@ -142,7 +142,7 @@ def _before(record: _Record, key: Key, linears: Sequence[str], activations: bool
 def _offset(norm: nn.Module, x: torch.Tensor) -> float | None:
     """0 where the norm multiplies by its weight, 1 where by one plus it (Gemma), None where it does neither."""
     norm = copy.deepcopy(norm)
-    sample = torch.randn(4, x.shape[-1], device=x.device)
+    sample = torch.randn(4, x.shape[-1], generator=torch.Generator().manual_seed(0)).to(x.device)
     with torch.no_grad():
         for name, parameter in norm.named_parameters():
             parameter.zero_() if name == "bias" else None
@@ -167,7 +167,7 @@ def _product(x: torch.Tensor, earlier: dict[str, torch.Tensor]) -> Rows | None:
     """The linear in whose output channels the channels of ``x`` are linear, one each."""
     if not x.requires_grad:
         return None
-    weights = torch.rand(x.shape[-1], device=x.device) + 0.5
+    weights = (torch.rand(x.shape[-1], generator=torch.Generator().manual_seed(0)) + 0.5).to(x.device)
     names = [name for name, y in earlier.items() if y.requires_grad]
     gradients = torch.autograd.grad(
         x, [earlier[n] for n in names], weights.expand_as(x), retain_graph=True, allow_unused=True

@@ -17,19 +17,22 @@ from safetensors.torch import save_file
 
 from ..errors import CheckpointError
 
+EXISTS = "{} exists already: choose another folder, or replace it with --overwrite"
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
 @contextlib.contextmanager
-def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(out: Path, overwrite: bool = False, left: str = "nothing is left of the attempt") -> Iterator[Path]:
     """A temporary folder beside ``out`` that becomes ``out`` when the block ends well, and vanishes otherwise.
+
+    ``left`` is said where the disk fails.
 
     Raises:
         CheckpointError: ``out`` exists and is not empty (unless ``overwrite``), or the disk is full or read-only.
     """
     out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-        raise CheckpointError(f"{out} exists already: choose another folder, or allow it to be replaced")
+        raise CheckpointError(EXISTS.format(out))
     partial = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
@@ -48,23 +51,25 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         else:
             partial.rename(out)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{out} was not written: {_why(error)}; nothing is left of the attempt") from error
+        raise CheckpointError(f"{out} was not written: {_why(error)}; {left}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def disk_errors(place: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into a CheckpointError; what was written before stays."""
+def disk_errors(place: Path, left: str = "") -> Iterator[None]:
+    """Turn a full or read-only disk into a CheckpointError; what was written before stays, of which ``left`` speaks."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{place} cannot be written: {_why(error)}") from error
+        raise CheckpointError(f"{place} cannot be written: {_why(error)}{left}") from error
 
 
 def _why(error: Exception) -> str:
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    return "the disk is full" if full else " ".join(str(error).split())
+    if full:
+        return "the disk is full"
+    return getattr(error, "strerror", None) or " ".join(str(error).split())
 
 
 @dataclass

@@ -281,6 +281,33 @@ def test_an_interrupt_leaves_the_old_checkpoint(source, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("config", "model", "sentence"),
+    [
+        ("BertConfig", "BertModel", "is a bert model, an encoder that reads in both directions: only decoder-only"),
+        ("T5Config", "T5ForConditionalGeneration", "is a t5 model, which has an encoder too: only decoder-only"),
+        ("ViTConfig", "ViTModel", "is a vit model, and transformers has no causal language model of that kind"),
+    ],
+)
+def test_a_model_that_is_no_decoder(tmp_path, config, model, sentence):
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 4, "d_ff": 128, "num_layers": 1}
+    made = getattr(transformers, model)(getattr(transformers, config)(**sizes))
+    made.save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=sentence) as error:
+        quantize(tmp_path / "other", tmp_path / "out", group_size=32)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_that_transformers_does_not_know(source, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "new")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "hyperllama"}))
+    with pytest.raises(CheckpointError, match=r"config\.json that transformers can load: .*hyperllama") as error:
+        quantize(folder, tmp_path / "out", group_size=32)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("make", ["nothing", "empty", "config only"])
 def test_a_source_that_is_no_model(source, tmp_path, make):
     folder = tmp_path / "in"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 
@@ -16,6 +17,7 @@ from awq_core.hf import search as search_module
 from awq_core.hf.decoder import Decoder
 from awq_core.hf.quantize import quantize
 from awq_core.quantization.fold import Activation, Norm, Rows, fold
+from awq_core.quantization.state import finished
 from awq_core.quantization.trace import trace
 from awq_core.quantization.unstack import unstack
 from awq_core.testing.tiny import EXPERTS, SMALL, tiny_model
@@ -300,7 +302,7 @@ def test_the_report_and_the_config_say_what_was_done(source, tmp_path):
     assert meta["method"] == "AWQ"
     assert (meta["calibration"]["samples"], meta["calibration"]["length"]) == (4, 48)
     assert len(meta["calibration"]["sha256"]) == 64
-    assert meta["options"]["seed"] == 3
+    assert (meta["options"]["seed"], meta["options"]["group_size"]) == (3, 32)
     assert len(meta["losses"]) == 2
     assert all(0 < loss < 0.1 for loss in meta["losses"])
     stored = json.loads((tmp_path / "out" / "awq_report.json").read_text())
@@ -329,10 +331,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(source, tmp_path, pro
     with pytest.raises(KeyboardInterrupt):
         quantize(source, tmp_path / "out", **options, progress=stop)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(
-        CheckpointError, match=r"begun with another options; repeat those options, or leave --resume out"
-    ):
-        quantize(source, tmp_path / "out", **options | {"damping": 0.5}, resume=True)
+    for other in ({"damping": 0.5}, {"group_size": 64}):
+        with pytest.raises(
+            CheckpointError, match=r"begun with another options; repeat those options, or leave --resume out"
+        ):
+            quantize(source, tmp_path / "out", **options | other, resume=True)
     steps = []
     quantize(source, tmp_path / "out", **options, resume=True, progress=lambda *step: steps.append(step))
     assert [step[0] for step in steps if step[1] == 2] == [2]
@@ -340,6 +343,75 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(source, tmp_path, pro
         tmp_path / "whole" / "model.safetensors"
     ).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_run_goes_on_only_on_the_kind_of_device_that_it_was_begun_on(source, tmp_path, monkeypatch):
+    def stop(done, total, name):
+        if (done, total) == (1, 2):
+            plan = next(tmp_path.glob(".out.awq-state/plan.json"))
+            plan.write_text(plan.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "out", **QUICK, progress=stop)
+    with pytest.raises(CheckpointError, match="begun with another device"):
+        quantize(source, tmp_path / "out", **QUICK, resume=True)
+
+
+@pytest.mark.parametrize(("place", "kept"), [("state", 1), ("write", 2)])
+def test_a_full_disk_keeps_the_blocks_that_are_finished(source, tmp_path, monkeypatch, place, kept):
+    quantize(source, tmp_path / "whole", **QUICK)
+    real = save_file
+
+    def full(tensors, file, **options):
+        if place == "write" or "block-00001" in file.name:
+            file.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, file, **options)
+
+    monkeypatch.setattr(f"awq_core.quantization.{place}.save_file", full)
+    with pytest.raises(CheckpointError, match=r"the disk is full; .* kept.*, and the same command with --resume goes"):
+        quantize(source, tmp_path / "out", **QUICK)
+    assert finished(tmp_path / "out") == kept
+    assert not list(tmp_path.glob("**/*.partial"))
+    monkeypatch.undo()
+    quantize(source, tmp_path / "out", **QUICK, resume=True)
+    whole, found = (tmp_path / name / "model.safetensors" for name in ("whole", "out"))
+    assert found.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_device_without_memory_is_one_sentence(source, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(search_module, "quantize_block", full)
+    with pytest.raises(ConfigError, match=r"model\.layers\.0 does not fit into the free memory of cpu: free some"):
+        quantize(source, tmp_path / "out", **QUICK)
+
+
+@pytest.mark.parametrize("switch", ["older", "newer", "left alone"])
+def test_float32_is_float32_whatever_the_caller_allows(source, tmp_path, monkeypatch, switch):
+    real, found = search_module.quantize_block, set()
+
+    def spy(*args, **kwargs):
+        found.add((torch.backends.cuda.matmul.fp32_precision, torch.get_float32_matmul_precision()))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(search_module, "quantize_block", spy)
+    matmul = torch.backends.cuda.matmul
+    try:
+        if switch == "older":
+            torch.set_float32_matmul_precision("high")
+        elif switch == "newer":
+            matmul.fp32_precision = "tf32"
+        before = matmul.fp32_precision
+        quantize(source, tmp_path / "out", **QUICK)
+        assert found <= {("ieee", "highest"), ("none", "highest")}
+        assert matmul.fp32_precision == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = "none"
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "falcon", "mixtral"])
@@ -410,6 +482,7 @@ def test_a_model_without_a_tokenizer(tmp_path):
         ({"damping": 0.0}, "damping and correct_damping are factors above 0"),
         ({"correct": 0.5}, "needs propagate=True"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
+        ({"device": "meta"}, "device 'meta' cannot be used"),
         ({"calib": "nowhere.txt"}, r"nowhere\.txt: no such file or folder"),
     ],
 )

@@ -217,7 +217,7 @@ def test_help_imports_nothing_heavy() -> None:
         (AwqError("this is wrong: do that"), 2, "error: this is wrong: do that\n"),
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 2, "error: /x/y: No space left on device\n"),
         (OSError("two\n  lines"), 2, "error: two lines\n"),
-        (KeyboardInterrupt(), 130, "\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
 def test_errors_become_a_sentence_and_a_code(
@@ -526,6 +526,36 @@ def test_quantize_refuses_in_a_sentence(dense: Path, tiny: Path) -> None:
     assert "--group-size" in refused("quantize", dense, tiny.parent / "other", "--group-size", "96")
     assert not (tiny.parent / "other").exists()
     assert awq("quantize", dense, tiny.parent / "other", "--layout", "marlin").exit_code == 2
+
+
+def test_ctrl_c_says_how_to_go_on(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from awq_core.hf import search
+
+    real, numbers = search.quantize_block, iter(range(2))
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        if next(numbers) == 1:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(search, "quantize_block", stop)
+    command = ("quantize", dense, tmp_path / "out", "--calib-samples", "4", "--calib-length", "64")
+    result = awq(*command)
+    said = f"interrupted: {tmp_path / 'out'} was not written; 1 finished block is kept, and the same command with"
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert result.stderr == f"{said} --resume goes on there\n"
+    assert [path.name for path in tmp_path.iterdir()] == [".out.awq-state"]
+    monkeypatch.setattr(search, "quantize_block", real)
+    assert data(*command, "--resume")["quantized"] == 14
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_ctrl_c_before_the_first_block(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from awq_core.hf import quantize
+
+    monkeypatch.setattr(quantize, "checkpoint_files", lambda _: (_ for _ in ()).throw(KeyboardInterrupt()))
+    result = awq("quantize", dense, tmp_path / "out")
+    assert (result.exit_code, result.stderr) == (130, f"interrupted: {tmp_path / 'out'} was not written\n")
 
 
 def test_quantize_for_people(dense: Path, tmp_path: Path) -> None:

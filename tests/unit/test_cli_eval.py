@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,6 +90,12 @@ def test_eval_against_the_dense_model(dense: Path, awq4: Path, tmp_path: Path) -
     shown = awq("eval", awq4, "--against", dense, *options).stdout
     assert f"{second['perplexity']:.3f}" in shown
     assert f"{second['kl']:.4f}" in shown
+    names, cells = (
+        re.split(r" {2,}", next(line for line in shown.splitlines() if word in line).strip())
+        for word in ("perplexity", "AWQ g32")
+    )
+    assert names[-7:-5] == ["kind", "perplexity"]
+    assert cells[-7:-5] == ["AWQ g32 bfloat16", f"{second['perplexity']:.3f}"]
     assert "639 predicted tokens" in shown
     assert "context 64, stride 32; bfloat16 on cpu" in shown
 

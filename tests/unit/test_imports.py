@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fusing": set(),
     "tuning": set(),
     "fragments": {"layouts"},
+    "words": {"kernel", "layouts"},
     "layouts": set(),
     "config": set(),
     "options": {"config"},
@@ -70,7 +71,7 @@ MAY_IMPORT |= {
 LAZY_ROOMS = {FACE, "cli", "__main__"}  # these import nothing heavy at their top level
 HEAVY = {"torch", "transformers", "triton"}
 PLUGIN_MAY_IMPORT = {
-    "backends": {"api", "fragments"},
+    "backends": {"api", "fragments", "words"},
     "fusers": {"api", "errors", "fragments", "hf", "linear", "notice", "options", "plugins"},
 }
 

@@ -170,7 +170,7 @@ def test_the_corrected_weight_is_the_least_squares_one(problem):
 
 
 def test_settings():
-    assert Settings.of({"group_size": 64, **PAPER}).feedback is False
+    assert Settings.of({"seed": 1, **PAPER}).feedback is False
     with pytest.raises(ConfigError, match="no option 'grou_size'; those of the search: clip, "):
         Settings.of({"grou_size": 64})
 
@@ -217,6 +217,16 @@ def test_too_little_text(samples, length):
         windows(Text("t", (("a", "a" * 1300),)), encode, samples, length, seed=0)
 
 
+def test_no_text_at_all():
+    with pytest.raises(ConfigError, match=r"a\.txt holds no text to calibrate on"):
+        windows(Text("a.txt", (("a.txt", ""),)), encode, 1, 50, seed=0)
+
+
+def test_a_line_of_jsonl_ends_at_a_newline_only(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one\u2028two"}\r\n"three"\n', encoding="utf-8")
+    assert read_text(tmp_path / "a.jsonl").documents == (("a.jsonl", "one\u2028two\n\nthree"),)
+
+
 def test_files_of_text(tmp_path):
     (tmp_path / "a.txt").write_text("plain")
     (tmp_path / "b.jsonl").write_text(
@@ -233,9 +243,9 @@ def test_files_of_text(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("a.jsonl", b'{"label": 1}', r"a\.jsonl cannot be read as calibration text: an entry has no text"),
-        ("a.jsonl", b"{", r"a\.jsonl cannot be read as calibration text: Expecting"),
-        ("a.txt", b"\xff\xfe\xfa", r"a\.txt cannot be read as calibration text: 'utf-8' codec"),
+        ("a.jsonl", b'{"label": 1}', r"a\.jsonl cannot be read as calibration text: line 1: an entry has no text"),
+        ("a.jsonl", b'"a"\n{', r"a\.jsonl cannot be read as calibration text: line 2 is no JSON \(Expecting"),
+        ("a.txt", b"\xff\xfe\xfa", r"a\.txt cannot be read as calibration text: byte 0 is no UTF-8"),
     ],
 )
 def test_files_that_are_no_text(tmp_path, name, content, sentence):

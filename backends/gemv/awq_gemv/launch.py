@@ -19,12 +19,15 @@ def registers() -> dict[str, int]:
 
 
 def few(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [M, K], M at most 16, to [M, N]; float32 accumulation; core adds the bias."""
-    return _launch(weight, x, weight.spec.out_features)
+    """x [M, K], M at most 16, to [M, N]; float32 accumulation, rounded before the bias is added."""
+    return _launch(weight, x, weight.spec.out_features, bias=bias)
 
 
 def silu_mul(weight: Weight, x: torch.Tensor) -> torch.Tensor:
-    """For gate and up joined on N: x [M, K] to ``silu(x gate) * (x up)`` [M, N/2]; N/2 a multiple of 16."""
+    """For gate and up joined on N: x [M, K] to ``silu(x gate) * (x up)`` [M, N/2]; N a multiple of 32."""
+    if weight.spec.out_features % 32:
+        n = weight.spec.out_features // 2
+        raise ValueError(f"silu_mul takes gate and up of a multiple of 16 columns each, not {n}")
     return _launch(weight, x, weight.spec.out_features // 2, silu=True)
 
 
@@ -34,15 +37,19 @@ def add(weight: Weight, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def _launch(
-    weight: Weight, x: torch.Tensor, width: int, silu: bool = False, other: torch.Tensor | None = None
+    weight: Weight,
+    x: torch.Tensor,
+    width: int,
+    silu: bool = False,
+    bias: torch.Tensor | None = None,
+    other: torch.Tensor | None = None,
 ) -> torch.Tensor:
     spec, t = weight.spec, weight.tensors
     rows, k, n = x.shape[0], spec.in_features, spec.out_features
     columns, mt, fill = tile_for(rows, n)
-    if silu:
-        columns = 64  # two tiles of sums are held at once
-    tiles = triton.cdiv(width, columns)
-    split = split_for(columns, fill, k, width) if tiles <= COUNTERS else 1
+    out = columns // 2 if silu else columns  # columns of y in a tile
+    tiles = triton.cdiv(width, out)
+    split = split_for(columns, fill, k, n) if tiles <= COUNTERS else 1
     y = x.new_empty(rows, width)
     parts = torch.empty(split, rows, n, dtype=torch.float32, device=x.device) if split > 1 else y
     kernels.few[(tiles, split)](
@@ -51,6 +58,7 @@ def _launch(
         t["scales"],
         t["zeros"],
         y,
+        y if bias is None else bias,
         y if other is None else other,
         parts,
         counters(x.device) if split > 1 else y,
@@ -64,13 +72,15 @@ def _launch(
         MT=mt,
         SPLIT=split,
         STAGES=STAGES,
+        BIAS=bias is not None,
         SILU=silu,
         ADD=other is not None,
         EVEN=k % 128 == 0,
-        FULL=width % columns == 0,
+        FULL=width % out == 0,
         JOIN=joins(x.device),
         PTX=ptx(),
         WIDE=interpreted(),
+        THREADS=32 * WARPS,
         AHEAD=AHEAD if overlaps(x.device) else 0,
         num_warps=WARPS,
         **registers(),

@@ -42,8 +42,8 @@ def _sources(spec: LinearSpec) -> Sequence[TritonSource]:
 
     kind = {"float16": "*fp16:16", "bfloat16": "*bf16:16"}[spec.dtype]
     signature = {"x_ptr": kind, "words_ptr": "*i32:16", "scales_ptr": "*fp16:16", "zeros_ptr": "*i32:16"}
-    signature |= {"y_ptr": kind, "other_ptr": kind, "parts_ptr": "*fp32:16", "counters_ptr": "*i32:16"}
-    signature |= {"K": "i32", "N": "i32", "M": "i32", "G": "i32"}
+    signature |= dict.fromkeys(("y_ptr", "bias_ptr", "other_ptr"), kind)
+    signature |= {"parts_ptr": "*fp32:16", "counters_ptr": "*i32:16", "K": "i32", "N": "i32", "M": "i32", "G": "i32"}
     constants = {
         "GP": spec.group_size // 16,
         "CH": chunk(spec.group_size),
@@ -51,17 +51,18 @@ def _sources(spec: LinearSpec) -> Sequence[TritonSource]:
         "EVEN": spec.in_features % 128 == 0,
     }
     constants |= {"FULL": True, "JOIN": spec.device.arch == "sm90", "PTX": True, "WIDE": False}
+    constants["THREADS"] = 32 * WARPS
     constants["AHEAD"] = AHEAD if spec.device.arch in ("sm90", "sm100", "sm120") else 0
-    ways = [(128, 8, False, False), (128, 16, False, False), (64, 16, False, False)]
-    ways += [(64, 8, True, False), (64, 16, True, False), (128, 8, False, True), (64, 16, False, True)]
+    plain, forms = {"BIAS": False, "SILU": False, "ADD": False}, ("", "BIAS", "SILU", "ADD")
+    ways = [(columns, mt, form) for columns, mt in ((128, 8), (128, 16), (64, 16)) for form in forms]
     return [
         TritonSource(
             kernels.few,
             signature,
-            constants | {"NT": columns, "MT": mt, "SPLIT": 4, "SILU": silu, "ADD": add},
+            constants | plain | ({form: True} if form else {}) | {"NT": columns, "MT": mt, "SPLIT": 4},
             {"num_warps": WARPS, "maxnreg": REGISTERS},
         )
-        for columns, mt, silu, add in ways
+        for columns, mt, form in ways
     ]
 
 
@@ -74,7 +75,8 @@ BACKEND = Backend(
             capabilities=(_record(Rows(1, 16), 230),),
             apply=lazy("awq_gemv.launch:few"),
             sources=_sources,
-            epilogues={"silu_mul": lazy("awq_gemv.launch:silu_mul"), "add": lazy("awq_gemv.launch:add")},
+            adds_bias=True,
+            epilogues={name: lazy(f"awq_gemv.launch:{name}") for name in ("silu_mul", "add")},
         ),
     ),
     probe=_probe,

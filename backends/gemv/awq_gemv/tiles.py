@@ -5,7 +5,7 @@ from __future__ import annotations
 MOST_ROWS = 16
 WARPS, STAGES = 4, 3
 REGISTERS = 128  # of a thread, so that four programs fit on a multiprocessor
-AHEAD = 2  # blocks of 128 k that a program fetches before the kernel before it has ended
+AHEAD = 1  # blocks of 128 k that a program fetches before the kernel before has ended; more delay what that one reads
 WIDE = 16384  # columns from which a tile is wider
 
 

@@ -144,13 +144,9 @@ class GraphedStep:
     ) -> Callable[[], torch.Tensor | None]:
         device = self.step.length.device
         with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
-            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):
-                prepare()
-                for _ in range(WARM_UPS):
-                    run()
-            torch.cuda.current_stream(device).wait_stream(stream)
+            prepare()
+            for _ in range(WARM_UPS):  # on this stream: for each other one cuBLAS would keep a workspace
+                run()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
                 out = run()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from awq_core.api import Weight
+from awq_core.api import Kernel, Weight
 from awq_core.linear import AwqLinear
 
 Rows = Callable[[torch.Tensor], torch.Tensor]
@@ -16,7 +18,7 @@ Rows = Callable[[torch.Tensor], torch.Tensor]
 
 def bound(module: nn.Module, rows: int) -> Rows:
     """``module`` for x [rows, K], contiguous, to [rows, N]; a linear of a kind that we don't know is simply called."""
-    if type(module).forward is AwqLinear.forward and isinstance(module, AwqLinear):
+    if _ours(module):
         return _awq(module, rows)
     if type(module) is nn.Linear:
         weight, bias = module.weight, module.bias
@@ -33,16 +35,38 @@ def joined(modules: tuple[nn.Module, ...], rows: int) -> Rows:
     return lambda x: torch.cat([part(x) for part in parts], dim=-1)
 
 
-def _awq(module: AwqLinear, rows: int) -> Rows:
+def epilogue(modules: tuple[nn.Module, ...], rows: int, name: str) -> Rows | None:
+    """The variant ``name`` (``Kernel.epilogues``) of one linear without a bias; None where it has none."""
+    module = modules[0]
+    if len(modules) > 1 or not _ours(module) or module.bias is not None:
+        return None
+    found = _kernel(module, rows)
+    if found is None or name not in found[0].epilogues:
+        return None
+    return partial(found[0].epilogues[name], found[1])
+
+
+def _ours(module: nn.Module) -> TypeGuard[AwqLinear]:
+    """Whether it is a linear of ours whose ``forward`` nobody has replaced."""
+    return isinstance(module, AwqLinear) and type(module).forward is AwqLinear.forward
+
+
+def _kernel(module: AwqLinear, rows: int) -> tuple[Kernel, Weight] | None:
+    """The kernel for so many rows and what it reads; None on meta: the caller has refused such models."""
     state = module.weight_state
     if state.plan is None:
         module.bind()
     plan = state.plan
-    if plan is None:  # on meta: the caller has refused such models
+    return None if plan is None else (plan.kernel(rows), Weight(plan.spec, plan.resident, state.tensors()))
+
+
+def _awq(module: AwqLinear, rows: int) -> Rows:
+    found = _kernel(module, rows)
+    if found is None:
         call: Rows = module.__call__
         return call
-    kernel = plan.kernel(rows)
-    apply, weight, bias = kernel.apply, Weight(plan.spec, plan.resident, state.tensors()), module.bias
+    (kernel, weight), bias = found, module.bias
+    apply = kernel.apply
     if bias is None:
         return lambda x: apply(weight, x, None)
     if bias.dtype != module.dtype:

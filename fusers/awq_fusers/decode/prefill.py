@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from .gpu_step import GpuStep, capped, embedded, following, linears
-from .launch import add_norm, gated
+from .launch import add_norm
 from .linears import Rows, bound
 
 
@@ -40,7 +40,7 @@ class Prefill:
         x = embedded(decoder, ids.reshape(-1))
         h = torch.empty_like(x)
         add_norm(None, x, decoder.layers[0].before_attention, h)
-        for layer, attend, (qkv, o, gate_up, down), after in zip(
+        for layer, attend, (qkv, o, gated_up, down), after in zip(
             decoder.layers, step.attends, self.linears, following(decoder), strict=True
         ):
             a = layer.attention
@@ -56,7 +56,7 @@ class Prefill:
             )
             y = o(y.transpose(1, 2).reshape(self.rows, -1))
             add_norm(y, x, layer.before_mlp, h, layer.after_attention)
-            add_norm(down(gated(gate_up(h), layer.mlp.activation)), x, after, h, layer.after_mlp)
+            add_norm(down(gated_up(h)), x, after, h, layer.after_mlp)
         rows = h.view(batch, length, -1)
         ends = rows[:, -1].contiguous() if last is None else rows.index_select(1, last).squeeze(1)
         return capped(bound(decoder.head, batch)(ends), decoder.softcap)

@@ -1,15 +1,4 @@
-"""``awq_words``: the weight as ExLlama-v2 keeps it, shuffled once at load; GPUs of NVIDIA and AMD read it alike.
-
-* ``words`` int32 [K/8, N]: word w of a column holds the codes of ``k = 8w .. 8w + 7``, in the nibbles 0, 4, 1, 5, 2, 6,
-  3, 7: the even k in the low half, the odd ones in the high half. So one mask over the whole word gives two neighbours,
-  each in its own half, where the bits of 1024 or 64 make a float16 of it; seven shifts become one.
-* ``zeros`` [K/g, N]: uint8, or as stored where the checkpoint keeps ``-(scale * zero)`` (``gemv_fast``, ``llm_awq``)
-* ``scales`` [K/g, N] as stored
-
-Zero points stand as they are: ExLlama's own format stores them less one, in 4 bits, which goes wrong at 0.
-
-With experts each tensor has a leading dimension E.
-"""
+"""Packing ``awq_words`` (described in this package's docstring) and back, on the tensors' device."""
 
 from __future__ import annotations
 
@@ -17,8 +6,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from awq_core.api import Codes, LinearSpec, checkpoint_layout
-from awq_core.api import dequantize as dequantize_codes
+from ..layouts import checkpoint_layout
+from ..layouts.base import Codes
+from ..layouts.base import dequantize as dequantize_codes
+from ..spec import LinearSpec
 
 NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)  # where the code of k = 8w + i stands
 
@@ -26,7 +17,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def prepare(spec: LinearSpec, tensors: Tensors) -> dict[str, torch.Tensor]:
-    """Checkpoint tensors to ``words``, ``zeros`` and ``scales``, on their device."""
+    """Checkpoint tensors to ``words``, ``zeros`` and ``scales``."""
     return _each_expert(_prepare, spec, tensors)
 
 

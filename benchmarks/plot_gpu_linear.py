@@ -1,7 +1,7 @@
-"""Charts of what ``kernels.py --json`` measured: microseconds against M, a panel a shape, a line a kernel.
+"""Charts of what ``gpu_linear.py --json`` measured: microseconds against M, a panel a shape, a line a kernel.
 
-    python benchmarks/kernels.py --json kernels.json
-    python benchmarks/plot_kernels.py kernels.json
+    python benchmarks/gpu_linear.py --json linears.json
+    python benchmarks/plot_gpu_linear.py linears.json
 
 The chart is written beside its JSON, or into ``--out``. It measures nothing: without arguments it draws nothing.
 """
@@ -63,11 +63,11 @@ def draw(data: dict[str, Any], title: str, file: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="*", help="JSON of kernels.py")
+    parser.add_argument("files", type=Path, nargs="*", help="JSON of gpu_linear.py")
     parser.add_argument("--out", type=Path, help="folder of the charts (default: beside each file)")
     args = parser.parse_args()
     if not args.files:
-        print("no JSON of kernels.py is named: nothing is drawn")
+        print("no JSON of gpu_linear.py is named: nothing is drawn")
         return
     try:
         import matplotlib  # noqa: F401
@@ -79,7 +79,7 @@ def main() -> None:
         except (OSError, ValueError) as error:
             raise SystemExit(f"{file} cannot be read: {error}") from None
         if not isinstance(data, dict) or not isinstance(data.get("results"), dict) or not data["results"]:
-            raise SystemExit(f"{file} holds no results of kernels.py")
+            raise SystemExit(f"{file} holds no results of gpu_linear.py")
         folder = args.out or file.parent
         folder.mkdir(parents=True, exist_ok=True)
         title = f"{data.get('device', '?')}, torch {data.get('torch', '?')}: {file.stem}"

@@ -1,0 +1,158 @@
+"""AwqLinear on a GPU: every plan boundary, streams, graphs, Inductor, and the linears' epilogues."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("no GPU here", allow_module_level=True)
+
+from torch.nn import functional
+
+from awq_core.api import Weight
+from awq_core.layouts import checkpoint_layout, dequantize
+from awq_core.linear import AwqLinear
+from awq_core.spec import LinearSpec
+from awq_core.testing.data import random_codes
+
+LIMIT = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
+SHAPES = ((1024, 1536, 128), (4096, 1024, 128), (896, 896, 64), (384, 200, 32), (208, 72, 16))
+
+
+def made(k: int, n: int, group: int, dtype: torch.dtype = torch.float16, bias: bool = False, seed: int = 0):
+    """A bound linear on the GPU and its exact weight [K, N] in float64."""
+    codes = random_codes(LinearSpec(k, n, group), torch.Generator().manual_seed(seed))
+    linear = AwqLinear(k, n, group, bias=bias, dtype=dtype)
+    stored = checkpoint_layout("gemm").pack(codes)
+    if bias:
+        stored["bias"] = torch.randn(n, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    linear.load_state_dict(stored)
+    linear = linear.cuda().requires_grad_(False)
+    linear.bind()
+    return linear, dequantize(codes, torch.float32).double().cuda()
+
+
+def drawn(m: int, k: int, dtype: torch.dtype = torch.float16, seed: int = 0) -> torch.Tensor:
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
+
+
+def error(y: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((y.double() - exact).norm() / exact.norm())
+
+
+def boundaries(linear: AwqLinear) -> list[int]:
+    """M at, before and after the ends of the plan's bands, and some beyond."""
+    plan = linear.weight_state.plan
+    assert plan is not None
+    ends = [band.rows.last for band in plan.bands if band.rows.last is not None]
+    return sorted({m for end in [1, 8, *ends, 128, 256, 512, 1024] for m in (end - 1, end, end + 1) if m})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("k", "n", "group"), SHAPES)
+def test_every_plan_boundary(k: int, n: int, group: int, dtype: torch.dtype) -> None:
+    for bias in (False, True):
+        linear, exact = made(k, n, group, dtype, bias)
+        for m in boundaries(linear):
+            x = drawn(m, k, dtype, m)
+            wanted = x.double() @ exact + (linear.bias.double() if bias else 0)
+            poison = torch.full((32 << 20,), float("nan"), device="cuda")
+            del poison
+            y = linear(x)
+            assert error(y, wanted) < LIMIT[dtype], (m, bias, error(y, wanted))
+            assert torch.equal(linear(x), y), f"two runs differ at M={m}"
+
+
+def test_streams_do_not_disturb_each_other() -> None:
+    linears = [made(1024, 1536, 128, seed=i)[0] for i in range(2)]
+    for m in (1, 4, 16, 48, 200):
+        x = drawn(m, 1024)
+        alone = [linear(x) for linear in linears]
+        streams = [torch.cuda.Stream() for _ in linears]
+        torch.cuda.synchronize()
+        got: list[list[torch.Tensor]] = [[], []]
+        for _ in range(50):
+            for stream, linear, found in zip(streams, linears, got, strict=True):
+                with torch.cuda.stream(stream):
+                    found.append(linear(x))
+        torch.cuda.synchronize()
+        for wanted, found in zip(alone, got, strict=True):
+            assert all(torch.equal(wanted, y) for y in found), m
+
+
+def test_threads_of_their_own() -> None:
+    linear, exact = made(1024, 1536, 128)
+    results: dict[int, torch.Tensor] = {}
+
+    def work(m: int) -> None:
+        results[m] = linear(drawn(m, 1024))
+
+    for m in (1, 64, 300):  # threads that have no CUDA context yet
+        thread = threading.Thread(target=work, args=(m,))
+        thread.start()
+        thread.join()
+        assert error(results[m], drawn(m, 1024).double() @ exact) < LIMIT[torch.float16]
+
+
+def test_graph_capture_gives_the_same_bits() -> None:
+    linear, _ = made(1024, 1536, 128)
+    for m in (1, 16, 17, 64, 65, 300):
+        x = drawn(m, 1024)
+        eager = linear(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = linear(x)
+        for seed in range(3):
+            new = drawn(m, 1024, seed=seed)
+            x.copy_(new)
+            y.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(y, linear(new)), (m, seed)
+            if seed == 0:
+                assert torch.equal(y, eager)
+
+
+def test_inductor_compiles_it_whole() -> None:
+    first, _ = made(1024, 1536, 128, bias=True)
+    second, _ = made(1536, 1024, 128, seed=1)
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        return second(functional.silu(first(x))) + x
+
+    compiled = torch.compile(block, fullgraph=True)
+    for m in (1, 5, 17, 300):
+        x = drawn(m, 1024)
+        assert error(compiled(x), block(x).double()) < 1e-3, m
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_epilogues_are_the_operations_that_they_replace(dtype: torch.dtype) -> None:
+    for k, n, group in ((1024, 1536, 128), (384, 224, 32), (4096, 28672, 128)):
+        linear, exact = made(k, n, group, dtype)
+        state = linear.weight_state
+        plan = state.plan
+        assert plan is not None
+        weight = Weight(plan.spec, plan.resident, state.tensors())
+        for m in (1, 3, 8, 16):
+            kernel = plan.kernel(m)
+            x, other = drawn(m, k, dtype, m), drawn(m, n, dtype, m + 1)
+            y = x.double() @ exact
+            gated = functional.silu(y[:, : n // 2]) * y[:, n // 2 :]
+            assert error(kernel.epilogues["silu_mul"](weight, x), gated) < LIMIT[dtype], (m, n)
+            assert error(kernel.epilogues["add"](weight, x, other), y + other.double()) < LIMIT[dtype], (m, n)
+
+
+def test_the_dense_weight_and_back() -> None:
+    for k, n, group in SHAPES:
+        linear, exact = made(k, n, group)
+        state = linear.weight_state
+        plan = state.plan
+        assert plan is not None
+        dense = plan.resident.dequantize(plan.spec, state.tensors(), torch.float16)
+        assert error(dense, exact) < LIMIT[torch.float16]
+        codes = random_codes(LinearSpec(k, n, group), torch.Generator().manual_seed(0))
+        for name, tensor in checkpoint_layout("gemm").pack(codes).items():
+            assert torch.equal(linear.state_dict()[name].cpu(), tensor), name
