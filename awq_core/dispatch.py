@@ -84,7 +84,7 @@ class Plan:
         for band in self.bands:
             last = band.rows.last
             if last is None or m <= last:
-                return band.candidate.kernel
+                return band.decision.accepted[0].kernel
         raise AssertionError("a plan has no holes")  # the last band has no upper end
 
     @property

@@ -70,7 +70,7 @@ class AwqLinear(PackedModule):
             self.bind(x.dtype)
             plan = state.plan
             assert plan is not None
-        return linear(plan, state.key, state.tensors(), x, self.bias)
+        return linear(plan, state.key, state.tensors(), x, self._parameters["bias"], state.held)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The dense weight [N, K], as nn.Linear holds it, in ``dtype`` (default: the activations')."""

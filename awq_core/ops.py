@@ -27,15 +27,12 @@ def intern_plan(plan: Plan, names: tuple[str, ...]) -> str:
     return key
 
 
-def apply_plan(
-    plan: Plan, tensors: Mapping[str, torch.Tensor], x: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def apply_plan(plan: Plan, weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [M, K] in the plan's dtype to y [M, N], by the kernel that the plan has for M."""
     m = x.shape[0]
     if m == 0:
         return x.new_empty(0, plan.spec.out_features)
     kernel = plan.kernel(m)
-    weight = Weight(plan.spec, plan.resident, tensors)
     if bias is None or kernel.adds_bias:
         return kernel.apply(weight, x, bias)
     return kernel.apply(weight, x, None).add_(bias)
@@ -45,7 +42,8 @@ def apply_plan(
 def awq_linear(x: torch.Tensor, tensors: list[torch.Tensor], bias: torch.Tensor | None, key: str) -> torch.Tensor:
     """x [M, K] to y [M, N]; ``key`` as given by ``intern_plan``."""
     plan, names = _bound[key]
-    return apply_plan(plan, dict(zip(names, tensors, strict=True)), x.contiguous(), bias)
+    weight = Weight(plan.spec, plan.resident, dict(zip(names, tensors, strict=True)))
+    return apply_plan(plan, weight, x.contiguous(), bias)
 
 
 @awq_linear.register_fake
@@ -85,15 +83,26 @@ awq_linear.register_autograd(_backward, setup_context=_setup)
 
 
 def linear(
-    plan: Plan, key: str, tensors: Mapping[str, torch.Tensor], x: torch.Tensor, bias: torch.Tensor | None
+    plan: Plan,
+    key: str,
+    tensors: Mapping[str, torch.Tensor],
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight: Weight | None = None,
 ) -> torch.Tensor:
-    """x [..., K] to y [..., N]: flattened to rows first, through the op where a graph or a gradient must see it."""
-    rows = x.reshape(-1, plan.spec.in_features)
+    """x [..., K] to y [..., N]: flattened to rows first, through the op where a graph or a gradient must see it.
+
+    ``weight`` is the record of ``plan`` and ``tensors``, where there is one already.
+    """
+    shape = x.shape
+    flat = len(shape) == 2
+    rows = x if flat else x.reshape(-1, plan.spec.in_features)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if torch.compiler.is_compiling() or needs_grad or type(x) is not torch.Tensor:
         y: torch.Tensor = awq_linear(rows, list(tensors.values()), bias, key)
     else:
-        y = apply_plan(plan, tensors, rows.contiguous(), bias)
-    return y.view(*x.shape[:-1], plan.spec.out_features)
+        weight = weight or Weight(plan.spec, plan.resident, tensors)
+        y = apply_plan(plan, weight, rows.contiguous(), bias)
+    return y if flat else y.view(*shape[:-1], plan.spec.out_features)

@@ -11,6 +11,7 @@ from torch import nn
 
 from .dispatch import Plan
 from .errors import LayoutError
+from .kernel import Weight
 from .layouts import checkpoint_layout
 from .ops import apply_plan, intern_plan
 from .request import Request, current_request
@@ -27,8 +28,9 @@ class PackedWeight:
     """The state of one quantized weight that ``owner`` holds as parameters, before and after binding.
 
     Unbound, the owner's parameters ``prefix + suffix`` are the checkpoint tensors. Bound to a plan whose resident
-    layout is another one, they are None and ``resident`` holds the prepared tensors; ``checkpoint()`` restores them,
-    bit for bit. The prepared tensors are the owner's buffers too, not persistent ones: counted, but never saved.
+    layout is another one, they are None, ``resident`` holds the prepared tensors and ``held`` the record of them that
+    kernels get; ``checkpoint()`` restores them, bit for bit. The prepared tensors are the owner's buffers too, not
+    persistent ones: counted, but never saved.
     """
 
     def __init__(self, owner: nn.Module, prefix: str, spec: LinearSpec, scales_dtype: torch.dtype) -> None:
@@ -39,6 +41,7 @@ class PackedWeight:
         self.plan: Plan | None = None
         self.key = ""
         self.resident: dict[str, torch.Tensor] | None = None
+        self.held: Weight | None = None
         layout = checkpoint_layout(spec.layout)
         refused = layout.refuses(spec.in_features, spec.out_features, spec.group_size)
         if refused is not None:
@@ -89,6 +92,7 @@ class PackedWeight:
                 self.owner._parameters[self.prefix + suffix] = None
             self._keep(prepared)
         self.plan = plan
+        self._hold()
         self.key = intern_plan(plan, tuple(self.tensors()))
         if not offloaded:
             self._warm()
@@ -102,7 +106,7 @@ class PackedWeight:
                 self.owner._parameters[self.prefix + suffix] = nn.Parameter(tensor, requires_grad=False)
             for name in self.buffers():
                 delattr(self.owner, name)
-        self.resident, self.plan, self.key = None, None, ""
+        self.resident, self.held, self.plan, self.key = None, None, None, ""
 
     def move(self, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply ``convert`` (a ``.to`` of the owner) to the checkpoint tensors: devices follow it, dtypes stay."""
@@ -126,12 +130,18 @@ class PackedWeight:
 
     def _keep(self, resident: dict[str, torch.Tensor]) -> None:
         self.resident = resident
+        self._hold()
         for buffer, tensor in zip(self.buffers(), resident.values(), strict=True):
             self.owner.register_buffer(buffer, tensor, persistent=False)
 
+    def _hold(self) -> None:
+        """Make the record that kernels get once, where its tensors stay: making it shows in a decode step."""
+        if self.plan is not None and self.resident is not None:
+            self.held = Weight(self.plan.spec, self.plan.resident, self.resident)
+
     def __getstate__(self) -> dict[str, Any]:
         """Without the plan, whose kernels may not be picklable; ``PackedModule`` binds anew."""
-        return self.__dict__ | {"resident": None, "plan": None, "key": ""}
+        return self.__dict__ | {"resident": None, "held": None, "plan": None, "key": ""}
 
     def _spec(self, dtype: torch.dtype, device: torch.device) -> LinearSpec:
         return replace(self.spec, dtype=DTYPE_NAMES.get(dtype, str(dtype)), device=Device.of(device))
@@ -142,11 +152,12 @@ class PackedWeight:
         if self.device().type == "cpu" or self.key in _warmed:
             return
         tensors = {n: t[0] for n, t in self.tensors().items()} if self.spec.experts else self.tensors()
+        weight = Weight(self.plan.spec, self.plan.resident, tensors)
         dtype = getattr(torch, self.plan.spec.dtype)
         for band in self.plan.bands:
             for rows in representatives(band.rows.first, band.rows.last):
                 x = torch.zeros(rows, self.spec.in_features, dtype=dtype, device=self.device())
-                apply_plan(self.plan, tensors, x, None)
+                apply_plan(self.plan, weight, x, None)
         _warmed.add(self.key)
 
 

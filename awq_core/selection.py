@@ -23,10 +23,10 @@ def select(spec: LinearSpec, request: Request | None = None, *, imagined: bool =
     request = request or current_request()
     if request.forced is not None:
         found.backend(request.forced)
-    _tell_unknown(request, found)
     probe, resident = None if imagined else plugins.probe, spec.layout if stored else None
     plans, asked = _plans_of(found), (spec, request, probe, resident)
     if asked not in plans:
+        _tell_unknown(request, found)
         backends = list(found.backends.values())
         plans[asked] = dispatch.make_plan(
             spec, backends, found.layouts, request, probe, last_resort=REFERENCE, resident=resident

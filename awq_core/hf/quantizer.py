@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +128,9 @@ class AwqCoreQuantizer(_compat.HfQuantizer):  # type: ignore[misc]
             else:
                 _cast_dense(module, dtype)
         record = fusing.join(model, self.options)  # before kernels are chosen, so that no weight is prepared twice
-        for module in model.modules():
-            if isinstance(module, PackedModule):
-                _bind(module, dtype, request)
-                self._compile_safe &= all(plan.compile_safe for plan in module.plans.values())
+        packed = [module for module in model.modules() if isinstance(module, PackedModule)]
+        _bind_all(packed, dtype, request)
+        self._compile_safe &= all(plan.compile_safe for module in packed for plan in module.plans.values())
         if record is not None:
             fusing.install(model, record)
 
@@ -188,6 +188,21 @@ def _check_loaded(name: str, module: nn.Module) -> None:
         check_finite(f"{name}.{suffix}", tensor)
         if suffix != "bias":
             tensor.requires_grad_(False)
+
+
+def _bind_all(modules: list[PackedModule], dtype: torch.dtype, request: Request) -> None:
+    """Bind loaded modules; those on the CPU one per thread at a time: repacking is operations too short to share."""
+    threads = torch.get_num_threads()
+    if any(weight.device().type != "cpu" for module in modules for weight in module.packed.values()):
+        for module in modules:
+            _bind(module, dtype, request)
+        return
+    # A thread's number of threads is its own, but a new thread starts with the one that was set last.
+    try:
+        with ThreadPoolExecutor(threads, "awq-bind", torch.set_num_threads, (1,)) as pool:
+            list(pool.map(lambda module: _bind(module, dtype, request), modules))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _bind(module: PackedModule, dtype: torch.dtype, request: Request) -> None:

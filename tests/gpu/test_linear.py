@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 import pytest
 import torch
@@ -123,9 +124,11 @@ def test_inductor_compiles_it_whole() -> None:
         return second(functional.silu(first(x))) + x
 
     compiled = torch.compile(block, fullgraph=True)
-    for m in (1, 5, 17, 300):
-        x = drawn(m, 1024)
-        assert error(compiled(x), block(x).double()) < 1e-3, m
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of torch.jit
+        for m in (1, 5, 17, 300):
+            x = drawn(m, 1024)
+            assert error(compiled(x), block(x).double()) < 1e-3, m
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 
 import pytest
 import torch
@@ -46,6 +47,20 @@ def same_logits(load, dense, ids, assert_close):
         return model
 
     return check
+
+
+def test_the_number_of_threads_stays(checkpoint, load):
+    """Modules are bound in threads of one thread each, and that must not be what later threads begin with."""
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        load(checkpoint("llama"), dtype=torch.bfloat16)
+        thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert [torch.get_num_threads(), *seen] == [3, 3]
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

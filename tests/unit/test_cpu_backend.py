@@ -101,6 +101,29 @@ def test_exact_packing_in_chunks_and_of_views(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(packing.pack_gemm_words(words), wanted)
 
 
+@pytest.mark.parametrize("block", packing.BLOCKS)
+@pytest.mark.parametrize("n", [32, 64, 112, 320])
+def test_exact_packing_of_words_for_either_instruction_set(monkeypatch: pytest.MonkeyPatch, block: int, n: int) -> None:
+    """Bit tricks on words and plain packing of codes agree for the block that this machine does not use, too."""
+    monkeypatch.setattr(packing, "block_rows", lambda: block)
+    words = torch.randint(-(2**31), 2**31, (96, n // 8), dtype=torch.int32)
+    assert torch.equal(packing.pack_gemm_words(words), packing.pack_codes(packing.gemm_columns(words)))
+
+
+def test_every_zero_point_follows_from_float16_scales() -> None:
+    """Of all float16 numbers those that may stand in a weight whose zero points are not kept, with every zero point."""
+    bits = torch.cat((torch.arange(1, 0x7C00), torch.arange(1, 0x7C00) - 2**15)).to(torch.int16)
+    scales = bits.view(torch.float16).expand(16, -1)
+    zeros = torch.arange(16, dtype=torch.uint8).unsqueeze(1).expand(scales.shape)
+    assert int4pack._zeros_follow(scales)
+    spec = spec_of(scales.shape[1], 16 * 32, 32)
+    pairs = int4pack._pairs(spec, Codes(zeros[:0], zeros, scales))
+    assert torch.equal(int4pack._zeros(spec, scales, pairs), zeros)
+    for other in (0.0, -0.0, float("inf"), -float("inf"), float("nan")):
+        assert not int4pack._zeros_follow(torch.tensor([[1.0, other]], dtype=torch.float16))
+    assert not int4pack._zeros_follow(torch.ones(1, 1, dtype=torch.bfloat16))
+
+
 def test_exact_without_a_known_packing(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (packing, prefill):
         monkeypatch.setattr(module, "block_rows", lambda: None)

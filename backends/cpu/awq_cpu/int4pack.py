@@ -29,8 +29,8 @@ SCALED = frozenset({"gemv_fast", "llm_awq"})  # layouts that store -(scale * zer
 
 def apply(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """PyTorch's int4 kernel: x bfloat16 [M, K] to [M, N]; core adds the bias."""
-    pairs = weight.tensors["scale_and_zero"]
-    y: torch.Tensor = MATMUL(x, weight.tensors["packed"], x.shape[1] // pairs.shape[0], pairs)
+    tensors = weight.tensors
+    y: torch.Tensor = MATMUL(x, tensors["packed"], op_group(weight.spec.group_size), tensors["scale_and_zero"])
     return y
 
 
@@ -38,7 +38,8 @@ def prepare(spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
     """Checkpoint tensors of any layout to resident tensors; the inputs are neither changed nor kept."""
     if not spec.experts:
         packed, grouped = _read(spec, tensors)
-        return {"packed": packed, "scale_and_zero": _pairs(spec, grouped), **_kept(spec, grouped)}
+        pairs = _pairs(spec, grouped)
+        return {"packed": packed, "scale_and_zero": pairs, **_kept(spec, grouped, pairs)}
     one = replace(spec, experts=0)
     n, k, e = spec.out_features, spec.in_features, spec.experts
     packed = torch.empty(e, n, k // 2, dtype=torch.uint8)  # filled one by one: a stack would hold all of them twice
@@ -46,11 +47,12 @@ def prepare(spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
     for i in range(e):
         packed[i], grouped = _read(one, {name: t[i] for name, t in tensors.items()})
         groups.append(grouped)
-    kept = [_kept(one, grouped) for grouped in groups]
+    pairs_of_each = [_pairs(one, grouped) for grouped in groups]
+    kept = [_kept(one, grouped, own) for grouped, own in zip(groups, pairs_of_each, strict=True)]
     extra = "scaled_zeros" if spec.layout in SCALED else "zeros"
     if any(extra in k for k in kept):
         kept = [{**k, extra: getattr(grouped, extra)} for k, grouped in zip(kept, groups, strict=True)]
-    rest = [{"scale_and_zero": _pairs(one, grouped), **k} for k, grouped in zip(kept, groups, strict=True)]
+    rest = [{"scale_and_zero": own, **k} for k, own in zip(kept, pairs_of_each, strict=True)]
     return {"packed": packed, **{name: torch.stack([r[name] for r in rest]) for name in rest[0]}}
 
 
@@ -89,21 +91,37 @@ def _pairs(spec: LinearSpec, grouped: Codes) -> torch.Tensor:
     if grouped.scaled_zeros is not None:
         zero_terms = scales * 8 + grouped.scaled_zeros.to(torch.float32)
     else:
-        zero_terms = (8 - grouped.zeros.to(torch.float32)) * scales
-    pairs = torch.stack((scales, zero_terms), dim=-1).to(torch.bfloat16)
-    return pairs.repeat_interleave(spec.group_size // op_group(spec.group_size), dim=0)
+        zero_terms = (8 - grouped.zeros.to(torch.float32)).mul_(scales)
+    pairs = torch.empty(*scales.shape, 2, dtype=torch.bfloat16)
+    pairs[..., 0], pairs[..., 1] = scales, zero_terms  # half the time of a stack and a cast
+    repeats = spec.group_size // op_group(spec.group_size)
+    return pairs if repeats == 1 else pairs.repeat_interleave(repeats, dim=0)
 
 
-def _kept(spec: LinearSpec, grouped: Codes) -> dict[str, torch.Tensor]:
+def _kept(spec: LinearSpec, grouped: Codes, pairs: torch.Tensor) -> dict[str, torch.Tensor]:
     """What the way back needs besides the packed codes and the pairs."""
     scales = grouped.scales.clone(memory_format=torch.contiguous_format)
-    zeros = _zeros(spec, scales, _pairs(spec, grouped))
+    if grouped.scaled_zeros is None and _zeros_follow(scales):
+        return {"scales": scales}
+    zeros = _zeros(spec, scales, pairs)
     if grouped.scaled_zeros is None:
         return {"scales": scales} if torch.equal(zeros, grouped.zeros) else {"scales": scales, "zeros": grouped.zeros}
     scaled = grouped.scaled_zeros
     if _same_bits(_scaled_zeros(scales, zeros), scaled):
         return {"scales": scales}
     return {"scales": scales, "scaled_zeros": scaled.clone(memory_format=torch.contiguous_format)}
+
+
+def _zeros_follow(scales: torch.Tensor) -> bool:
+    """Whether every zero point must follow from these scales [K/g, N] and the pairs, whatever it is.
+
+    So it is with float16 scales of which none is 0, infinite or NaN: ``(8 - zero) * scale`` is exact in float32 and far
+    from the ends of bfloat16's range, and rounding to its 8 digits moves it by at most 1/64 of the scale.
+    """
+    if scales.dtype != torch.float16:
+        return False
+    least, most = torch.aminmax(scales.view(torch.int16) & 0x7FFF)
+    return int(least) > 0 and int(most) < 0x7C00
 
 
 def _codes(spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> Codes:

@@ -14,16 +14,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from .scratch import scratch
 
 CONVERT = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default
-MATMUL = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+MATMUL = torch._weight_int4pack_mm_for_cpu  # torch.ops.aten's callable of it takes a microsecond longer
 
 BLOCKS = (64, 32)
-CHUNK_WORDS = 1 << 19  # int32 words that are permuted at once: 2 MiB, so that the buffers stay in the cache
+# int32 words that are permuted at once, 1 MiB. Less would stay in a core's own cache and is faster for one thread, but
+# where two pack at a time, each call of numpy may have to wait for the interpreter.
+CHUNK_WORDS = 1 << 18
 IDENTITY_ROWS = 256
 
 
@@ -83,10 +87,16 @@ def _pack_blocks(codes: torch.Tensor, block: int) -> torch.Tensor:
     in_features, out_features = codes.shape
     packed = torch.empty(out_features, in_features // 2, dtype=torch.uint8)
     for section in sections(out_features, block):
-        halves = codes[:, section.first : section.last].view(in_features, -1, 2, section.run)
-        joined = (halves[:, :, 1] << 4).bitwise_or_(halves[:, :, 0])  # [K, blocks, run]
-        section.bytes_of(packed).copy_(joined.view(1, in_features, -1) if section.tail else joined.transpose(0, 1))
+        _pack_section(codes[:, section.first : section.last], section, packed)
     return packed
+
+
+def _pack_section(codes: torch.Tensor, section: Section, packed: torch.Tensor) -> None:
+    """Write the bytes of ``codes`` [K, rows], the columns of ``section``."""
+    in_features = codes.shape[0]
+    halves = codes.view(in_features, -1, 2, section.run)
+    joined = (halves[:, :, 1] << 4).bitwise_or_(halves[:, :, 0])  # [K, blocks, run]
+    section.bytes_of(packed).copy_(joined.view(1, in_features, -1) if section.tail else joined.transpose(0, 1))
 
 
 def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
@@ -117,9 +127,15 @@ def _read_by_matmul(packed: torch.Tensor) -> torch.Tensor:
     return codes
 
 
-# The fast way from the gemm layout permutes nibbles inside int32 words, so that no code ever takes a byte of its own.
-# In a gemm word the columns 0..7 lie at the nibbles 0, 4, 1, 5, 2, 6, 3, 7. A stands for a word of the first half of a
-# block's columns and B for the word B/16 behind it; _swap exchanges two sets of nibbles (a delta swap).
+# The fast way from the gemm layout permutes nibbles inside 32-bit words, so that no code ever takes a byte of its own.
+# Take A, a word of the first half of a block's columns, and B, the word half a block behind it, and give each of their
+# 16 nibbles an address of four bits: "is in B", then its place in the word. Column c lies at the place (c0, c2, c1),
+# where c0 is the lowest bit of c. The two words of bytes that are wanted have, as "is in the second", c2, and as the
+# place (c1, c0, is in B). This permutation of address bits is one cycle, and three exchanges of the first bit with one
+# of the others make it. Each is a delta swap between the two words, in which nothing moves inside a word.
+# With numpy, since these are many short operations: a call costs it less than PyTorch, and it starts no threads.
+
+EXCHANGES = tuple((np.uint32(shift), np.uint32(mask)) for shift, mask in ((4, 0x0F0F0F0F), (16, 0xFFFF), (8, 0xFF00FF)))
 
 
 def pack_gemm_words(words: torch.Tensor) -> torch.Tensor:
@@ -132,10 +148,7 @@ def pack_gemm_words(words: torch.Tensor) -> torch.Tensor:
     for section in sections(out_features, block):
         columns = words[:, section.first // 8 : section.last // 8]
         if section.tail:
-            ordered = columns.clone(memory_format=torch.contiguous_format)
-            _swap(ordered, ordered, 8, 0x0000FF00, torch.empty_like(ordered))
-            _swap(ordered, ordered, 4, 0x00F000F0, torch.empty_like(ordered))
-            section.bytes_of(packed).copy_(ordered.view(torch.uint8).unsqueeze(0))
+            _pack_section(gemm_columns(columns), section, packed)
         else:
             _pack_whole_blocks(columns, section, packed)
     return packed
@@ -144,41 +157,46 @@ def pack_gemm_words(words: torch.Tensor) -> torch.Tensor:
 def _pack_whole_blocks(columns: torch.Tensor, section: Section, packed: torch.Tensor) -> None:
     in_features, per_row = columns.shape
     half = section.run // 8  # words of half a block: 4 or 2, moved as one element
-    element = torch.complex128 if half == 4 else torch.int64
-    if columns.stride(0) % half or columns.storage_offset() % half or columns.stride(1) != 1:
-        columns = columns.clone(memory_format=torch.contiguous_format)
-    source = columns.view(element).view(in_features, -1, 2)
+    element = np.complex128 if half == 4 else np.uint64
+    source = columns.numpy().view(element).reshape(in_features, -1, 2)
     blocks = source.shape[1]
-    target = section.bytes_of(packed).view(torch.int32).view(blocks, in_features, half, 2)
+    target = section.bytes_of(packed).numpy().view(np.uint32).reshape(blocks, in_features, half, 2)
     step = max(1, min(in_features, CHUNK_WORDS // per_row))
+    held = scratch("words", (3, blocks * step * half), torch.int32).numpy().view(np.uint32)
     for first in range(0, in_features, step):
-        count = min(step, in_features - first)
-        planes = scratch("planes", (2, blocks, count, half), torch.int32)
-        spare = scratch("spare", (2, blocks, count, half), torch.int32)
-        planes.view(element).squeeze(-1).copy_(source[first : first + count].permute(2, 1, 0))
-        _swap(planes[0], planes[1], 8, 0x00FF00FF, spare[0])  # words of columns 0-3 (A B A B bytes), and of 4-7
-        _swap(planes, planes, 4, 0x00F000F0, spare)
-        _swap(planes, planes, 8, 0x0000FF00, spare)
-        for side in (0, 1):
-            target[:, first : first + count, :, side].copy_(planes[side])
+        rows = slice(first, min(first + step, in_features))
+        count = rows.stop - first
+        a, b, spare = (buffer[: blocks * count * half].reshape(blocks, count, half) for buffer in held)
+        np.copyto(a.view(element)[..., 0], source[rows, :, 0].T)
+        np.copyto(b.view(element)[..., 0], source[rows, :, 1].T)
+        for exchange in EXCHANGES[:2]:
+            _exchange(a, b, exchange, spare, a, b)
+        _exchange(a, b, EXCHANGES[2], spare, target[:, rows, :, 0], target[:, rows, :, 1])
 
 
-def _swap(a: torch.Tensor, b: torch.Tensor, shift: int, mask: int, spare: torch.Tensor) -> None:
-    """Exchange, in place, the bits ``mask`` of ``b`` with the bits ``mask << shift`` of ``a``."""
-    torch.bitwise_right_shift(a, shift, out=spare)  # arithmetic: the mask drops the copies of the sign
-    spare.bitwise_xor_(b).bitwise_and_(mask)
-    if a is b:  # both sets of bits at once: they do not overlap, so the product has no carries
-        a.bitwise_xor_(spare.mul_(1 + (1 << shift)))
-        return
-    b.bitwise_xor_(spare)
-    a.bitwise_xor_(spare.bitwise_left_shift_(shift))
+def _exchange(a: Any, b: Any, exchange: tuple[Any, Any], spare: Any, new_a: Any, new_b: Any) -> None:
+    """Exchange the bits ``mask`` of ``b`` with the bits ``mask << shift`` of ``a``."""
+    shift, mask = exchange
+    np.right_shift(a, shift, out=spare)
+    np.bitwise_xor(spare, b, out=spare)
+    np.bitwise_and(spare, mask, out=spare)
+    np.bitwise_xor(b, spare, out=new_b)
+    np.left_shift(spare, shift, out=spare)
+    np.bitwise_xor(a, spare, out=new_a)
 
 
 def gemm_columns(words: torch.Tensor) -> torch.Tensor:
     """Words int32 [R, C] of the gemm layout (qweight or qzeros) to their values, uint8 [R, 8C]."""
-    rows = words.shape[0]
-    pairs = words.contiguous().view(torch.uint8).view(rows, -1, 2, 2)  # nibble 4h + 2i + j is column 4i + 2j + h
-    columns = torch.empty(rows, pairs.shape[1], 2, 2, 2, dtype=torch.uint8)  # [R, C, i, j, h]
-    torch.bitwise_and(pairs.transpose(2, 3), 15, out=columns[:, :, :, 0])
-    torch.bitwise_right_shift(pairs.transpose(2, 3), 4, out=columns[:, :, :, 1])
-    return columns.view(rows, -1)
+    stored = words.contiguous().numpy().view(np.uint32)
+    columns = _spread(stored & 0xFFFF)  # the even columns, then the odd ones
+    columns |= _spread(stored >> 16) << 8
+    return torch.from_numpy(columns.view(np.uint8))
+
+
+def _spread(words: Any) -> Any:
+    """Four nibbles in the low half of each word to the low nibbles of four 16-bit numbers of a 64-bit word."""
+    spread = words.astype(np.uint64)
+    spread |= spread << 24
+    spread |= spread << 12
+    spread &= 0x000F000F000F000F
+    return spread

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 from awq_core.api import LinearSpec, checkpoint_layout
@@ -10,6 +11,7 @@ OP_GROUPS = (256, 128, 64, 32)
 ITEM_BYTES = {"int32": 4, "int16": 2, "float16": 2, "bfloat16": 2, "float32": 4}
 
 
+@functools.cache
 def op_group(group_size: int) -> int:
     """The largest group size of PyTorch's int4 kernel that divides ``group_size`` (a multiple of 32)."""
     return next(g for g in OP_GROUPS if group_size % g == 0)
