@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from awq_core.api import Weight
 from awq_core.dispatch import Plan
 from awq_core.layouts import checkpoint_layout, dequantize
 from awq_core.ops import apply_plan
@@ -70,7 +71,8 @@ def planned(case: Case, backend: str | None = None) -> tuple[Plan, dict[str, tor
 def _ours(case: Case, backend: str | None) -> Calls:
     plan, first = planned(case, backend)
     copies = [first, *({k: t.clone() for k, t in first.items()} for _ in range(case.copies(case.packed) - 1))]
-    return lambda x: [lambda t=t: apply_plan(plan, t, x, None) for t in copies]
+    weights = [Weight(case.spec, plan.resident, tensors) for tensors in copies]
+    return lambda x: [lambda w=w: apply_plan(plan, w, x, None) for w in weights]
 
 
 def awq_core(case: Case) -> Calls:

@@ -153,6 +153,8 @@ print("done")
 """
 
 WHOLE = """
+import gc
+import weakref
 import torch
 import transformers
 from awq_fusers import decode
@@ -195,6 +197,14 @@ for family, more in (("Qwen3", {}), ("Gemma2", {"sliding_window": 6})):
     assert go() == plain, family
     (one, many) = (model.__dict__["_awq_decode"].sessions[b] for b in (1, 2))
     assert set(many.step.replays) == {"greedy"} and set(one.step.replays) == {"advance"}
+    gc.collect()
+    gc.disable()
+    one.step.prompts[16] = one.step._prompt(1, 16)
+    old = weakref.ref(one.step)
+    del one, many
+    model.__dict__["_awq_decode"].release()
+    assert old() is None, "a step that is let go keeps its memory until Python looks for cycles"
+    gc.enable()
 print("done")
 """
 

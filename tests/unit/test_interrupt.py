@@ -16,7 +16,8 @@ from awq_core.cli import app
 
 # The command stops at a step of its progress bar, or at a word of the answer, and says so on stdout.
 STOPS = """
-import contextlib, sys, time
+import contextlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 from awq_core.cli import _progress
 at, *sys.argv[1:] = sys.argv[1:]
 def stop():

@@ -14,18 +14,19 @@ def padded_rows(rows: int) -> int:
 
 
 def default(spec: LinearSpec, rows: int) -> Tile:
-    """The tile for M rows where nothing was measured."""
+    """The tile for M rows where nothing was measured: on NVIDIA GPUs what was best on an H100 (README.md)."""
     if rows == 1:
         return _tile(spec, 64, 16, 4, 1, 512)
+    if spec.device.vendor == "amd":  # a wave32 holds its operands twice: 64 columns or it spills
+        return _tile(spec, 64, 16, 4, 3, 384) if rows <= 16 else _tile(spec, 64, 16, 8, 2, 256)
     if rows <= 16:
-        return _tile(spec, 64, 16, 4, 3, 384)
-    columns = 64 if spec.device.vendor == "amd" else 128  # a wave32 holds its operands twice: 64 or it spills
-    return _tile(spec, columns, 16, 8, 2, 256)
+        return _tile(spec, 128, 16, 4, 3, 528)
+    return _tile(spec, 64, 16, 4, 3, 264) if rows <= 32 else _tile(spec, 64, 16, 8, 2, 264)
 
 
 def candidates(spec: LinearSpec, rows: int) -> list[dict[str, int]]:
     """What ``awq tune`` tries beside the default, as the fields of a Tile."""
-    shapes = ((32, 16, 4), (64, 16, 4), (64, 16, 8), (128, 16, 8), (32, 32, 4), (64, 32, 8))
+    shapes = ((32, 16, 4), (64, 16, 4), (64, 16, 8), (128, 16, 4), (128, 16, 8), (32, 32, 4), (64, 32, 8))
     return configs(
         _tile(spec, columns, words, warps, stages, fill)
         for columns, words, warps in shapes

@@ -137,7 +137,8 @@ class GraphedStep:
         with torch.inference_mode(False):
             ids = torch.zeros(batch, size, dtype=torch.long, device=self.step.length.device)
             last = torch.zeros(1, dtype=torch.long, device=ids.device)
-        return Prompt(ids, last, lambda: self.prompt(ids, last))
+        prompt = self.prompt  # not self: old steps and their graphs must go at once, not when Python looks for cycles
+        return Prompt(ids, last, lambda: prompt(ids, last))
 
     def _graph(
         self, run: Callable[[], torch.Tensor | None], prepare: Callable[[], object]
