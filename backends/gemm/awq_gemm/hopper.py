@@ -9,9 +9,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
-# Threads of a program wait for each other; the name changed after Triton 3.6.
-meet = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
-
 
 @gluon.constexpr_function
 def asm_of(bfloat16, plane, planes):
@@ -194,8 +191,7 @@ def product(
     words_ptr,
     scales_ptr,
     zeros_ptr,
-    parts_ptr,  # [tiles, SPLIT, NT, MT] float32
-    counters_ptr,  # one for each tile, 0 before and after
+    parts_ptr,  # [SPLIT, M, N] float32, which ``kernels.add_parts`` adds up; not written where SPLIT is 1
     K,
     N,
     M,
@@ -249,8 +245,6 @@ def product(
     scale = gl.load(scales_ptr + group * N + n)
     zero = zeros_of(zeros_ptr, n, group, ZN)
     while unit < units:
-        tile = unit // SPLIT
-        part = unit % SPLIT
         end = end_block(unit, blocks, SPLIT)
         b = first_block(unit, blocks, SPLIT)
         acc = hopper.warpgroup_mma_init(gl.zeros((NT, MT), gl.float32, acc_layout))
@@ -295,24 +289,13 @@ def product(
             zero = next_zero
             b += 1
         acc = hopper.warpgroup_mma_wait(0, deps=[acc])
-        done = True
         if SPLIT > 1:
-            rows = gl.arange(0, NT, gl.SliceLayout(1, acc_layout))
-            columns = gl.arange(0, MT, gl.SliceLayout(0, acc_layout))
-            place = gl.expand_dims(rows, 1) * MT + gl.expand_dims(columns, 0)
-            here = parts_ptr + tile.to(gl.int64) * (SPLIT * NT * MT)
-            gl.store(here + part * (NT * MT) + place, acc)
-            meet()  # every thread of this program has stored before one of them says so
-            done = gl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == SPLIT - 1
-            if done:
-                gl.store(counters_ptr + tile, 0)
-                if SPLIT == 2:  # a sum of two is the same in either order
-                    acc += gl.load(here + (1 - part) * (NT * MT) + place, volatile=True)
-                else:
-                    acc = gl.zeros((NT, MT), gl.float32, acc_layout)
-                    for other in range(SPLIT):
-                        acc += gl.load(here + other * (NT * MT) + place, volatile=True)
-        if done:
+            columns = first + gl.arange(0, NT, gl.SliceLayout(1, acc_layout))
+            rows = m_tile * MT + gl.arange(0, MT, gl.SliceLayout(0, acc_layout))
+            place = gl.expand_dims(rows, 0) * N + gl.expand_dims(columns, 1)
+            inside = gl.expand_dims(rows < M, 0) & gl.expand_dims(columns < N, 1)
+            gl.store(parts_ptr + (unit % SPLIT).to(gl.int64) * M * N + place, acc, inside)
+        else:
             hopper.tma.store_wait(0)  # of the tile before
             ys.permute((1, 0)).store(acc.to(dtype))
             hopper.fence_async_shared()

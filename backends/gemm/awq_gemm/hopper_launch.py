@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from awq_core.api import Weight
-from awq_core.fragments.launch import COUNTERS, counters, interpreted
+from awq_core.fragments.launch import interpreted
 
 from . import hopper, launch
 from .hopper_tiles import way_for
@@ -51,23 +51,20 @@ def product(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch
     if found is None:
         return launch.matmul(weight, x, bias)
     way, split = found
-    tiles = triton.cdiv(n, way.n) * triton.cdiv(rows, way.m)
-    if tiles > COUNTERS:
-        split = 1
+    units = triton.cdiv(n, way.n) * triton.cdiv(rows, way.m) * split
     enter(x.device)
     if x.data_ptr() % 16:  # copies of tiles begin at multiples of 16 bytes
         x = x.clone()
     y = x.new_empty(rows, n)
     width = 16 * way.planes
-    parts = torch.empty(tiles * split * way.n * way.m if split > 1 else 1, dtype=torch.float32, device=x.device)
-    hopper.product[(min(tiles * split, multiprocessors(x.device) * way.programs),)](
+    parts = torch.empty(split, rows, n, dtype=torch.float32, device=x.device) if split > 1 else t["scales"]
+    hopper.product[(min(units, multiprocessors(x.device) * way.programs),)](
         TensorDescriptor.from_tensor(x, [way.m, width], shared_layout(way.m, width, x.dtype)),
         TensorDescriptor.from_tensor(y, [way.m, way.n], shared_layout(way.m, way.n, x.dtype)),
         t["words"],
         t["scales"],
         t["zeros"],
         parts,
-        counters(x.device) if split > 1 else t["zeros"],
         k,
         n,
         rows,
@@ -79,4 +76,6 @@ def product(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch
         STAGES=way.stages,
         num_warps=way.warps,
     )
+    if split > 1:
+        launch.add_parts(parts, y)
     return y

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MULTIPROCESSORS = 132
-SPLITS = (1, 2, 3, 4)
+SPLITS = (1, 2, 3, 4, 6, 8)
+BANDWIDTH = 4.1e6  # bytes a microsecond at which the parts of a split are added up, after a launch
+LAUNCH = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +18,7 @@ class Way:
     """Tiles of ``n`` columns by ``m`` rows; ``planes`` of 16 k in a chunk, ``stages`` chunks of x in shared memory.
 
     ``alone`` and ``shared`` are microseconds for a block of 128 k where one or two programs run on a multiprocessor,
-    ``joining`` what writing or reading the sums of one part of a split costs.
+    ``joining`` what writing the sums of one part of a split costs.
     """
 
     n: int
@@ -31,9 +33,9 @@ class Way:
 
 
 WAYS = (
-    Way(128, 256, 4, 5, 8, 1, 1.5, 1.5, 3.0),
-    Way(128, 128, 2, 5, 4, 2, 1.15, 1.85, 2.0),
-    Way(64, 128, 4, 4, 4, 2, 0.85, 1.07, 2.0),
+    Way(128, 256, 4, 5, 8, 1, 1.34, 1.34, 5.0),
+    Way(128, 128, 2, 5, 4, 2, 0.95, 1.65, 1.8),
+    Way(64, 128, 4, 4, 4, 2, 0.65, 0.95, 0.8),
 )
 
 
@@ -44,8 +46,10 @@ def time_of(way: Way, split: int, rows: int, in_features: int, out_features: int
     here = min(way.programs, -(-units // multiprocessors))
     waves = -(-units // (multiprocessors * here))
     each = (way.alone if here == 1 else way.shared) * blocks + 2.0
-    joins = waves + -(-waves // split) * split if split > 1 else 0
-    return waves * each + joins * way.joining
+    if split == 1:
+        return waves * each
+    adding = LAUNCH + rows * out_features * (4 * split + 2) / BANDWIDTH
+    return waves * (each + way.joining) + adding
 
 
 def plain_time(rows: int, in_features: int, out_features: int) -> float:
