@@ -112,8 +112,8 @@ def _hopper_sources(spec: LinearSpec) -> Sequence[TritonSource]:
         return []
     from . import hopper, kernels
     from .hopper_launch import TYPES, shared_layout
-    from .launch import ADDED
     from .hopper_tiles import WAYS
+    from .launch import ADDED
 
     kind, dtype = next((str(g), t) for t, g in TYPES.items() if spec.dtype == str(t).removeprefix("torch."))
     pointers = {"words_ptr": "*i32:16", "scales_ptr": "*fp16:16", "zeros_ptr": "*i32:16"}
