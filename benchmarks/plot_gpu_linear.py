@@ -15,20 +15,23 @@ from typing import Any
 
 FIRST = "awq-core"  # drawn thick
 SUM = "all of a layer"
+LAYER = ("qkv", "o", "gate_up", "down")
 
 
-def with_sum(results: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """The shapes, and their sum by kernel for every M that all of them have."""
-    kernels = next(iter(results.values()))
+Results = dict[str, dict[str, dict[str, float]]]
+
+
+def with_sum(results: Results) -> Results:
+    """The shapes, and the sum of those of a layer by kernel for every M that all of them have."""
+    layer = [results[shape] for shape in LAYER if shape in results]
+    if len(layer) < len(LAYER):
+        return results
     total = {
-        name: {m: sum(shape[name][m] for shape in results.values()) for m in rows if _in_all(results, name, m)}
-        for name, rows in kernels.items()
+        name: {m: sum(shape[name][m] for shape in layer) for m in rows if all(m in shape[name] for shape in layer)}
+        for name, rows in layer[0].items()
+        if all(name in shape for shape in layer)
     }
     return results | {SUM: total}
-
-
-def _in_all(results: dict[str, dict[str, dict[str, float]]], name: str, m: str) -> bool:
-    return all(m in shape.get(name, {}) for shape in results.values())
 
 
 def draw(data: dict[str, Any], title: str, file: Path) -> Path:
@@ -39,13 +42,22 @@ def draw(data: dict[str, Any], title: str, file: Path) -> Path:
     from matplotlib import pyplot
 
     panels = with_sum(data["results"])
+    names = list(dict.fromkeys(name for kernels in panels.values() for name in kernels))
     columns = -(-len(panels) // 2)
     figure, grid = pyplot.subplots(2, columns, figsize=(4.2 * columns, 7), layout="constrained", squeeze=False)
     for axes, (shape, kernels) in zip(grid.flat, panels.items(), strict=False):
-        for name, times in kernels.items():
+        for name, times in kernels.items():  # a colour each, whichever are missing in a panel
             rows = sorted(map(int, times))
             width = 2.2 if name == FIRST else 1.2
-            axes.plot(rows, [times[str(m)] for m in rows], marker="o", markersize=3, linewidth=width, label=name)
+            axes.plot(
+                rows,
+                [times[str(m)] for m in rows],
+                marker="o",
+                markersize=3,
+                linewidth=width,
+                label=name,
+                color=f"C{names.index(name)}",
+            )
         axes.set(title=shape, xlabel="M", ylabel="µs")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")

@@ -13,29 +13,32 @@ from typing import Any
 from svg import COLOURS, SOFT, STRONG, Picture
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+SMALL = "SmolLM2-135M-Instruct"
+LAYER = ("qkv", "o", "gate_up", "down")
 Lines = Mapping[str, Mapping[int, float]]
 
 
 def pictures() -> dict[str, str]:
     """File name to SVG, one for each result that can be drawn."""
     made: dict[str, str] = {}
-    for file in sorted(RESULTS.glob("kernels-*.json")):
+    for file in sorted(RESULTS.glob("gpu-linear-*.json")):
         found = json.loads(file.read_text())
-        lines = _sum_of_linears(found["results"])
+        lines = _sum_of_linears({name: times for name, times in found["results"].items() if name in LAYER})
         dtype = "bfloat16" if "bf16" in file.stem else "float16"
         title = f"Four linears of a Llama-3-8B layer, {dtype}, g=128, on {found['device']}"
         made[f"chart-{file.stem}.svg"] = lines_chart(title, "rows of the activation (M)", "microseconds", lines)
     for file in sorted(RESULTS.glob("generate-*.txt")):
         bars = _generate(file.read_text("utf-8"))
         if bars:
-            title = f"SmolLM2-135M-Instruct, tokens/s ({file.stem.removeprefix('generate-')})"
+            title = f"{SMALL}, tokens/s ({file.stem.removeprefix('generate-')})"
             made[f"chart-{file.stem}.svg"] = bars_chart(title, bars)
     for file in sorted(RESULTS.glob("quantize-*.json")):
-        title = "SmolLM2-135M-Instruct, KL from the dense model in nats; shorter is better"
-        made[f"chart-{file.stem}.svg"] = bars_chart(title, _quantize(json.loads(file.read_text())["rows"]))
+        found = json.loads(file.read_text())
+        title = f"{found['about'].get('model', SMALL)}, KL from the dense model in nats; shorter is better"
+        made[f"chart-{file.stem}.svg"] = bars_chart(title, _quantize(found["rows"]))
     for file in sorted(RESULTS.glob("cpu-decode-*.txt")):
         bars = _cpu_decode(file.read_text("utf-8"))
-        made[f"chart-{file.stem}.svg"] = bars_chart("SmolLM2-135M-Instruct, decoding one sequence", {"tokens/s": bars})
+        made[f"chart-{file.stem}.svg"] = bars_chart(f"{SMALL}, decoding one sequence", {"tokens/s": bars})
     for file in sorted(RESULTS.glob("decode-*.json")):
         found = json.loads(file.read_text())
         title = f"Mistral-7B with random weights, fused, decode tokens/s, on {found['device']}"
