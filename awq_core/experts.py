@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from .ops import linear
-from .packed import PackedModule, PackedWeight
+from .packed import PackedModule, PackedWeight, bind_for
 from .spec import LinearSpec
 
 
@@ -47,7 +47,7 @@ class AwqExperts(PackedModule):
     ) -> torch.Tensor:
         """hidden_states [T, hidden_size], top_k_index and top_k_weights [T, top_k] to [T, hidden_size]."""
         if any(w.plan is None for w in self.packed.values()) or hidden_states.dtype is not self.dtype:
-            self.bind(hidden_states.dtype)
+            bind_for(self, hidden_states.dtype)
         out = torch.zeros_like(hidden_states)
         for expert in torch.unique(top_k_index).tolist():
             if not 0 <= expert < self.num_experts:  # expert parallelism marks tokens of other ranks so

@@ -7,7 +7,7 @@ from torch import nn
 
 from .errors import LayoutError
 from .ops import linear
-from .packed import PackedModule, PackedWeight
+from .packed import PackedModule, PackedWeight, bind_for
 from .spec import LinearSpec
 
 
@@ -67,10 +67,10 @@ class AwqLinear(PackedModule):
         state = self.weight_state
         plan = state.plan
         if plan is None or x.dtype is not self.dtype:
-            self.bind(x.dtype)
+            bind_for(self, x.dtype)
             plan = state.plan
             assert plan is not None
-        return linear(plan, state.key, state.tensors(), x, self._parameters["bias"], state.held)
+        return linear(plan, state.key, state.tensors(), x, self.bias, state.held)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The dense weight [N, K], as nn.Linear holds it, in ``dtype`` (default: the activations')."""

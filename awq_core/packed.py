@@ -154,10 +154,11 @@ class PackedWeight:
         tensors = {n: t[0] for n, t in self.tensors().items()} if self.spec.experts else self.tensors()
         weight = Weight(self.plan.spec, self.plan.resident, tensors)
         dtype = getattr(torch, self.plan.spec.dtype)
+        bias = torch.zeros(self.spec.out_features, dtype=dtype, device=self.device()) if self.spec.bias else None
         for band in self.plan.bands:
             for rows in representatives(band.rows.first, band.rows.last):
                 x = torch.zeros(rows, self.spec.in_features, dtype=dtype, device=self.device())
-                apply_plan(self.plan, weight, x, None)
+                apply_plan(self.plan, weight, x, bias)
         _warmed.add(self.key)
 
 
@@ -259,3 +260,16 @@ class PackedModule(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if bound:
             self.bind()
+
+
+def bind_for(module: PackedModule, dtype: torch.dtype) -> None:
+    """``module.bind(dtype)`` in a forward: torch.compile does not look into it, since repacking is not for a graph."""
+    if torch.compiler.is_compiling():
+        _bind_unseen(module, dtype)
+    else:
+        module.bind(dtype)
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined] # as torch.compiler.disable, which would import the compiler now
+def _bind_unseen(module: PackedModule, dtype: torch.dtype) -> None:
+    module.bind(dtype)

@@ -154,14 +154,14 @@ def run(screen: Console, model: Path, out: Path, **options: Any) -> Any:
         with progress_bar("quantizing", screen) as step:
             return quantize_model(model, out, progress=step, **options)
     except KeyboardInterrupt:
-        interrupted(_after_interrupt(out))
+        interrupted(_after_interrupt(out, options.get("method", "awq") == "awq"))
 
 
-def _after_interrupt(out: Path) -> str:
-    """What Ctrl-C left behind, and how to go on."""
+def _after_interrupt(out: Path, resumes: bool) -> str:
+    """What Ctrl-C left behind, and how to go on where the method can."""
     from ..quantization.state import GO_ON, finished
 
-    blocks = finished(out)
+    blocks = finished(out) if resumes else 0
     if not blocks:
         return f"interrupted: {out} was not written"
     kept = "1 finished block is kept" if blocks == 1 else f"{blocks} finished blocks are kept"

@@ -214,7 +214,7 @@ def columns_of(first, apart, NT: tl.constexpr, PAIR: tl.constexpr):
 def block_of(
     words_ptr, tile, b, blocks, tiles, NT: tl.constexpr, FULL: tl.constexpr, apart=0, PAIR: tl.constexpr = False
 ):
-    """Words [NT, 16] of block b for ``columns_of(16 * tile, apart)``; past the last tile of 16 it is repeated."""
+    """Words [NT, 16] of block b for ``columns_of(16 * tile, apart, NT, PAIR)``; past the last 16 they are repeated."""
     T: tl.constexpr = NT // 16
     e = tl.arange(0, NT * 16)  # c, column tile, lane (g, t), h, p
     column_tile = tile + (e // 128) % T
@@ -290,7 +290,7 @@ def accumulate(
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN: tl.constexpr,  # K is a multiple of 128
-    FULL: tl.constexpr,  # N is a multiple of NT
+    FULL: tl.constexpr,  # N is a multiple of NT (under PAIR, its half of NT's half)
     JOIN: tl.constexpr,  # whole groups in one product (where its operand order is that of the words: sm90)
     PTX: tl.constexpr,
     WIDE: tl.constexpr,  # multiply in float32: Triton's interpreter gets bfloat16 products wrong

@@ -190,6 +190,9 @@ def _check_loaded(name: str, module: nn.Module) -> None:
             tensor.requires_grad_(False)
 
 
+MOST_BINDING = 8  # modules that are repacked at once: each holds a copy or two of its weight meanwhile
+
+
 def _bind_all(modules: list[PackedModule], dtype: torch.dtype, request: Request) -> None:
     """Bind loaded modules; those on the CPU one per thread at a time: repacking is operations too short to share."""
     threads = torch.get_num_threads()
@@ -199,7 +202,7 @@ def _bind_all(modules: list[PackedModule], dtype: torch.dtype, request: Request)
         return
     # A thread's number of threads is its own, but a new thread starts with the one that was set last.
     try:
-        with ThreadPoolExecutor(threads, "awq-bind", torch.set_num_threads, (1,)) as pool:
+        with ThreadPoolExecutor(min(threads, MOST_BINDING), "awq-bind", torch.set_num_threads, (1,)) as pool:
             list(pool.map(lambda module: _bind(module, dtype, request), modules))
     finally:
         torch.set_num_threads(threads)

@@ -58,25 +58,15 @@ def search(model: Any, ids: torch.Tensor, job: Job, state: State, resume: bool, 
 @contextmanager
 def exact_matmuls() -> Iterator[None]:
     """Matmuls of float32 in float32, whatever the caller allows: TF32's error would hide whether a fold holds."""
+    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [switch.fp32_precision for switch in switches]
     try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch's newer switch was turned, and the older one cannot say so
-        switch = torch.backends.cuda.matmul
-        allowed = switch.fp32_precision
-        switch.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            switch.fp32_precision = allowed
-        return
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
 
 
 def _search(model: Any, ids: torch.Tensor, job: Job, state: State, resume: bool, progress: Step | None) -> int:

@@ -116,6 +116,18 @@ def test_graph_capture_gives_the_same_bits() -> None:
                 assert torch.equal(y, eager)
 
 
+def test_capture_right_after_binding() -> None:
+    """Binding has compiled every kernel that a linear with a bias launches: under a capture nothing may compile."""
+    linear, exact = made(768, 1280, 64, bias=True)
+    xs = {m: drawn(m, 768) for m in (1, 16, 40, 300)}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ys = {m: linear(x) for m, x in xs.items()}
+    graph.replay()
+    for m, x in xs.items():
+        assert error(ys[m], x.double() @ exact + linear.bias.double()) < LIMIT[torch.float16], m
+
+
 def test_inductor_compiles_it_whole() -> None:
     first, _ = made(1024, 1536, 128, bias=True)
     second, _ = made(1536, 1024, 128, seed=1)

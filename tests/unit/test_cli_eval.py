@@ -140,7 +140,8 @@ def test_what_is_refused(dense: Path, awq4: Path, tmp_path: Path) -> None:
 def test_ctrl_c_ends_quietly(dense: Path) -> None:
     """With a real process and a real signal, in the middle of the evaluation."""
     code = (
-        "import sys, awq_core.cli as cli, awq_core.evaluation.scores as s\n"
+        "import signal, sys, awq_core.cli as cli, awq_core.evaluation.scores as s\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job begins with it ignored
         "real = s._logits\n"
         "def slow(*a):\n"
         "    print('running', flush=True); import time; time.sleep(20); return real(*a)\n"

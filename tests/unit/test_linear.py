@@ -318,3 +318,32 @@ def test_forward_does_not_change_the_stored_tensors(backend):
     for rows in (1, 4, 5, 40):
         linear(inputs(rows, K))
     assert_same_state(linear, state)
+
+
+def test_binding_inside_a_compiled_region(backend):
+    linear, _, weight = make(dtype=torch.float32)
+    linear.requires_grad_(False)
+    compiled = torch.compile(linear, backend="eager")
+    x = inputs(3, K)
+    assert_close(compiled(x), linear(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = compiled(x)
+    assert y.dtype == torch.bfloat16
+    assert_close(y, x.bfloat16().float() @ weight.T + linear.bias.float())
+
+
+def test_tensors_that_are_not_contiguous(backend):
+    linear, state, weight = make(dtype=torch.bfloat16, bias=False)
+    turned = {name: tensor.t().contiguous().t() for name, tensor in state.items()}
+    linear.load_state_dict(turned, assign=True)
+    linear.requires_grad_(False)
+    x = inputs(3, K, dtype=torch.bfloat16)
+    assert_close(linear(x), x.float() @ weight.T)
+
+
+def test_a_bias_that_is_parametrized():
+    linear, _, _ = make()
+    x = inputs(3, K)
+    wanted = linear(x)
+    nn.utils.parametrize.register_parametrization(linear, "bias", nn.Identity())
+    assert torch.equal(linear(x), wanted)

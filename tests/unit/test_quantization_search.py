@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from awq_core import CheckpointError, ConfigError
+from awq_core.hf.search import exact_matmuls
 from awq_core.layouts import dequantize
 from awq_core.quantization import scales as scales_module
 from awq_core.quantization.block import Hidden
@@ -263,3 +264,16 @@ def test_the_default_text_is_enough_for_the_default_windows():
     text = default_text()
     assert [name for name, _ in text.documents] == ["emma.txt", "jargon.txt"]
     assert all(len(document) > 100_000 for _, document in text.documents)
+
+
+@pytest.mark.parametrize("device", ["cuda", "mkldnn"])
+def test_the_search_multiplies_in_float32_and_leaves_the_callers_precision(device):
+    switch = getattr(torch.backends, device).matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = "tf32"
+    try:
+        with exact_matmuls():
+            assert switch.fp32_precision == "ieee"
+        assert switch.fp32_precision == "tf32"
+    finally:
+        switch.fp32_precision = before

@@ -158,6 +158,8 @@ def _pack_whole_blocks(columns: torch.Tensor, section: Section, packed: torch.Te
     in_features, per_row = columns.shape
     half = section.run // 8  # words of half a block: 4 or 2, moved as one element
     element = np.complex128 if half == 4 else np.uint64
+    if columns.stride(1) != 1:
+        columns = columns.contiguous()
     source = columns.numpy().view(element).reshape(in_features, -1, 2)
     blocks = source.shape[1]
     target = section.bytes_of(packed).numpy().view(np.uint32).reshape(blocks, in_features, half, 2)

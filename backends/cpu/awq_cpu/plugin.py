@@ -44,7 +44,7 @@ def _int4(rows: Rows, priority: int) -> Capability:
         out_multiple=16,
         rows=rows,
         priority=priority,
-        tested=frozenset({"avx512"}),
+        tested=frozenset({"avx2", "avx512"}),
     )
 
 
@@ -75,7 +75,7 @@ BACKEND = Backend(
                     layouts=LAYOUTS,
                     dtypes=frozenset({"float32", "float16", "bfloat16"}),
                     priority=150,
-                    tested=frozenset({"avx512"}),
+                    tested=frozenset({"avx2", "avx512"}),
                 ),
             ),
             apply=lazy("awq_cpu.dense:apply"),

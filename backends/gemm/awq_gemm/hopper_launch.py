@@ -51,6 +51,8 @@ def product(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch
     if found is None:
         return launch.matmul(weight, x, bias)
     way, split = found
+    if rows * n >= 1 << 31:  # places in a part are 32-bit numbers
+        split = 1
     units = triton.cdiv(n, way.n) * triton.cdiv(rows, way.m) * split
     enter(x.device)
     if x.data_ptr() % 16:  # copies of tiles begin at multiples of 16 bytes

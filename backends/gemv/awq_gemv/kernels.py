@@ -72,6 +72,8 @@ def few(
     done = True
     if SPLIT > 1:
         inside = (m < M)[None, :] & (n < N)[:, None]
+        if SILU and not FULL:  # columns past the gate's end are those of other tiles
+            inside = inside & (first + tl.arange(0, NT) % OUT < width)[:, None]
         place = m[None, :] * N + n[:, None]
         tl.store(parts_ptr + part * M * N + place, total, inside)
         done = last_to_arrive(counters_ptr, tile, SPLIT)
