@@ -57,14 +57,25 @@ def search(model: Any, ids: torch.Tensor, job: Job, state: State, resume: bool, 
 
 @contextmanager
 def exact_matmuls() -> Iterator[None]:
-    """Matmuls of float32 in float32, whatever the caller allows: TF32's error would hide whether a fold holds."""
+    """Matmuls of float32 in float32, whatever the caller allows: TF32's error would hide whether a fold holds.
+
+    torch has an older and a newer switch, and refuses to multiply where they contradict each other.
+    """
     switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [switch.fp32_precision for switch in switches]
     try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer one was turned, and the older one cannot say so
+        older = "highest"
+    try:
+        if older != "highest":
+            torch.set_float32_matmul_precision("highest")
         for switch in switches:
             switch.fp32_precision = "ieee"
         yield
     finally:
+        if older != "highest":
+            torch.set_float32_matmul_precision(older)
         for switch, precision in zip(switches, before, strict=True):
             switch.fp32_precision = precision
 
