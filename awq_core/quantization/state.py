@@ -17,7 +17,7 @@ from ..errors import CheckpointError
 from .block import Hidden
 from .write import disk_errors, write_json
 
-GO_ON = "and the same command with --resume goes on there"
+GO_ON = "and the same command with --resume goes on there (resume=True in Python)"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from ..errors import CheckpointError
 
-EXISTS = "{} exists already: choose another folder, or replace it with --overwrite"
+EXISTS = "{} exists already: choose another folder, or replace it (--overwrite, or overwrite=True)"
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 

@@ -543,7 +543,7 @@ def test_ctrl_c_says_how_to_go_on(dense: Path, tmp_path: Path, monkeypatch: pyte
     result = awq(*command)
     said = f"interrupted: {tmp_path / 'out'} was not written; 1 finished block is kept, and the same command with"
     assert (result.exit_code, result.stdout) == (130, "")
-    assert result.stderr == f"{said} --resume goes on there\n"
+    assert result.stderr == f"{said} --resume goes on there (resume=True in Python)\n"
     assert [path.name for path in tmp_path.iterdir()] == [".out.awq-state"]
     monkeypatch.setattr(search, "quantize_block", real)
     assert data(*command, "--resume")["quantized"] == 14
