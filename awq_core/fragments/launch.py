@@ -30,6 +30,12 @@ def joins(device: torch.device) -> bool:
 
 
 @functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of this GPU."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
 def overlaps(device: torch.device) -> bool:
     """Whether kernels may begin before the one before them ends (programmatic dependent launch, from sm90 on)."""
     return ptx() and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9

@@ -8,6 +8,9 @@ multiplied the next one is unpacked. The scale is applied to the weight, rounded
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.6 has the older name
 
 
 @gluon.constexpr_function
@@ -140,28 +143,48 @@ def unpack(
 
 
 @gluon.jit
-def place_of(unit, m_tiles, n_tiles, SPLIT: gl.constexpr):
-    """Which rows of x and which columns of the weight a unit multiplies, in tiles.
+def place_of(tile, m_tiles, n_tiles):
+    """Which rows of x and which columns of the weight a tile takes, counted in tiles.
 
-    Units that run at the same time share eight tiles of rows, so that these stay in the L2 however many there are.
+    Tiles that are multiplied at the same time share eight tiles of rows, so that these stay in the L2 however many
+    there are.
     """
-    tile = unit // SPLIT
     group = tile // (8 * n_tiles)
-    rows = gl.maximum(gl.minimum(m_tiles - 8 * group, 8), 1)  # past the last unit too
+    rows = gl.maximum(gl.minimum(m_tiles - 8 * group, 8), 1)  # past the last tile too
     within = tile % (8 * n_tiles)
     return 8 * group + within % rows, within // rows
 
 
 @gluon.jit
-def first_block(unit, blocks, SPLIT: gl.constexpr):
-    """Where the share of K of this unit begins."""
-    return (unit % SPLIT) * blocks // SPLIT
+def share_of(place, shared, blocks):
+    """Where a share begins in the blocks of the first ``shared`` tiles, laid end to end."""
+    return place * (shared * blocks) // gl.num_programs(0)
 
 
 @gluon.jit
-def end_block(unit, blocks, SPLIT: gl.constexpr):
-    """Where it ends."""
-    return (unit % SPLIT + 1) * blocks // SPLIT
+def my_place():
+    """The share of this program: what it may wait for is then done by programs that began before it."""
+    return gl.num_programs(0) - 1 - gl.program_id(0)
+
+
+@gluon.jit
+def turn_of(turn, shared, blocks):
+    """Begin and end of a program's turn, in the blocks of all tiles: its share first (turn 0), then whole tiles."""
+    begin = (shared + gl.program_id(0) + (turn - 1) * gl.num_programs(0)) * blocks
+    end = begin + blocks
+    if turn == 0:
+        begin = share_of(my_place(), shared, blocks)
+        end = share_of(my_place() + 1, shared, blocks)
+    return begin, end
+
+
+@gluon.jit
+def following(turn, at, end, shared, blocks):
+    """What comes after a piece of a tile that ended before block ``at``: the turn, where it goes on and ends."""
+    if at == end:
+        turn += 1
+        at, end = turn_of(turn, shared, blocks)
+    return turn, at, end
 
 
 @gluon.jit
@@ -174,35 +197,88 @@ def fetch(x_desc, xs, full, slot, m_tile, chunk, more, MT: gl.constexpr, W: gl.c
 
 
 @gluon.jit
-def following_chunk(unit, m_tile, chunk, step, blocks, m_tiles, n_tiles, SPLIT: gl.constexpr, CHUNKS: gl.constexpr):
-    """The chunk of x after this one: of the same unit, or the first of the next one."""
+def piece_of(at, end, blocks, m_tiles, n_tiles, CHUNKS: gl.constexpr):
+    """Of the piece of a tile that begins at block ``at``: where it stops, its row tile, its chunks of x."""
+    tile = at // blocks
+    stop = gl.minimum(end, (tile + 1) * blocks)
+    m_tile, _ = place_of(tile, m_tiles, n_tiles)
+    return stop, m_tile, (at - tile * blocks) * CHUNKS, (stop - tile * blocks) * CHUNKS
+
+
+@gluon.jit
+def following_chunk(turn, end, stop, m_tile, chunk, last, shared, blocks, m_tiles, n_tiles, CHUNKS: gl.constexpr):
+    """The chunk of x after this one: of the same piece of a tile, or the first of the next one."""
     chunk += 1
-    if chunk == end_block(unit, blocks, SPLIT) * CHUNKS:
-        unit += step
-        m_tile, _ = place_of(unit, m_tiles, n_tiles, SPLIT)
-        chunk = first_block(unit, blocks, SPLIT) * CHUNKS
-    return unit, m_tile, chunk
+    if chunk == last:
+        turn, at, end = following(turn, stop, end, shared, blocks)
+        stop, m_tile, chunk, last = piece_of(at, end, blocks, m_tiles, n_tiles, CHUNKS)
+    return turn, end, stop, m_tile, chunk, last
 
 
-@gluon.jit(do_not_specialize=["M"])
+@gluon.jit
+def places_in_part(NT: gl.constexpr, MT: gl.constexpr, layout: gl.constexpr):
+    """Where the sums of a tile lie in its part: those that a warp has at once, 8 by 8, beside each other."""
+    n = gl.arange(0, NT, gl.SliceLayout(1, layout))
+    m = gl.arange(0, MT, gl.SliceLayout(0, layout))
+    return gl.expand_dims(n // 8 * (8 * MT) + n % 8 * 8, 1) + gl.expand_dims(m // 8 * 64 + m % 8, 0)
+
+
+@gluon.jit
+def give(parts_ptr, counters_ptr, acc, tile, NT: gl.constexpr, MT: gl.constexpr, layout: gl.constexpr):
+    """Leave the sums over a piece of K for the program that has the tile's beginning."""
+    gl.store(parts_ptr + my_place() * (NT * MT) + places_in_part(NT, MT, layout), acc)
+    barrier()  # every thread has stored before one of them says so
+    gl.atomic_add(counters_ptr + tile, 1, sem="release")
+
+
+@gluon.jit
+def gather(
+    parts_ptr, counters_ptr, acc, tile, shared, blocks, NT: gl.constexpr, MT: gl.constexpr, layout: gl.constexpr
+):
+    """Add what the others have of this tile, in the order of K, so that two runs agree bit for bit."""
+    first = my_place() + 1
+    end = first
+    while share_of(end, shared, blocks) < (tile + 1) * blocks:
+        end += 1
+    # Wait until all have given, and leave 0 for the next launch.
+    while gl.atomic_cas(counters_ptr + tile, end - first, 0, sem="acquire") != end - first:
+        pass
+    for place in range(first, end):
+        acc += gl.load(parts_ptr + place * (NT * MT) + places_in_part(NT, MT, layout), volatile=True)
+    return acc
+
+
+@gluon.jit
+def write(y_desc, ys, acc, m_tile, first, MT: gl.constexpr):
+    """Start the copy of a finished tile to y."""
+    hopper.tma.store_wait(0)  # of the tile before
+    ys.permute((1, 0)).store(acc.to(y_desc.dtype))
+    hopper.fence_async_shared()
+    hopper.tma.async_copy_shared_to_global(y_desc, [m_tile * MT, first], ys)
+
+
+@gluon.jit(do_not_specialize=["M", "shared"])
 def product(
     x_desc,  # [M, K]
     y_desc,  # [M, N]
     words_ptr,
     scales_ptr,
     zeros_ptr,
-    parts_ptr,  # [SPLIT, M, N] float32, which ``kernels.add_parts`` adds up; not written where SPLIT is 1
+    parts_ptr,  # [programs, NT, MT] float32; not written unless SHARED
+    counters_ptr,  # one for each shared tile, 0 before and after
     K,
     N,
     M,
+    shared,  # tiles whose blocks are shared out evenly among the programs
     GP: gl.constexpr,  # planes in a group: a multiple of 8
     NT: gl.constexpr,
     MT: gl.constexpr,
     P: gl.constexpr,  # planes in a chunk: 2 or 4
-    SPLIT: gl.constexpr,
+    SHARED: gl.constexpr,  # shared > 0
     STAGES: gl.constexpr,  # chunks of x in shared memory
+    OVERLAP: gl.constexpr,
 ):
-    """Tiles of y^T [NT, MT] (or parts of their sums over K), one after the other, on as many programs as fit."""
+    """Tiles of y^T [NT, MT], on as many programs as fit: what does not fill them evenly is cut along K (stream-K)."""
     dtype: gl.constexpr = x_desc.dtype
     warps: gl.constexpr = gl.num_warps()
     acc_layout: gl.constexpr = accumulator(MT, warps)
@@ -215,49 +291,60 @@ def product(
     ZN = gl.cdiv(N, 8)
     m_tiles = gl.cdiv(M, MT)
     n_tiles = gl.cdiv(N, NT)
-    units = n_tiles * m_tiles * SPLIT
-    step = gl.num_programs(0)
+    everything = n_tiles * m_tiles * blocks
 
     xs = gl.allocate_shared_memory(dtype, [STAGES, MT, W], x_desc.layout)
     ys = gl.allocate_shared_memory(dtype, [MT, NT], y_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         hopper.mbarrier.init(full.index(i), count=1)
+    if OVERLAP:
+        gdc_wait()
+        if OVERLAP == 1:
+            gdc_launch_dependents()
 
-    unit = gl.program_id(0)
-    p_unit = unit  # what is copied into the ring next, and where
-    m_tile, n_tile = place_of(unit, m_tiles, n_tiles, SPLIT)
-    p_m = m_tile
-    p_chunk = first_block(p_unit, blocks, SPLIT) * CHUNKS
+    turn = gl.num_programs(0) * 0 + (0 if SHARED else 1)
+    at, end = turn_of(turn, shared, blocks)
+    p_turn = turn  # what is copied into the ring next, and where
+    p_end = end
+    p_stop, p_m, p_chunk, p_last = piece_of(at, end, blocks, m_tiles, n_tiles, CHUNKS)
     for slot in gl.static_range(STAGES - 1):
-        fetch(x_desc, xs, full, slot, p_m, p_chunk, p_unit < units, MT, W)
-        p_unit, p_m, p_chunk = following_chunk(p_unit, p_m, p_chunk, step, blocks, m_tiles, n_tiles, SPLIT, CHUNKS)
+        fetch(x_desc, xs, full, slot, p_m, p_chunk, p_stop <= everything, MT, W)
+        p_turn, p_end, p_stop, p_m, p_chunk, p_last = following_chunk(
+            p_turn, p_end, p_stop, p_m, p_chunk, p_last, shared, blocks, m_tiles, n_tiles, CHUNKS
+        )
     p_slot = STAGES - 1
 
-    at = 0  # slot that is multiplied next
+    slot_at = 0  # slot that is multiplied next
     phase = 0
     # The words, scales and zero points of the first block.
-    b = first_block(unit, blocks, SPLIT)
+    tile = at // blocks
+    m_tile, n_tile = place_of(tile, m_tiles, n_tiles)
+    b = at - tile * blocks
     first = n_tile * NT
     n = gl.minimum(first + gl.arange(0, NT, row_layout), N - 1)
     words = load_words(words_ptr, first // 16, b, blocks, column_tiles, NT)
     group = (b * 8) // GP
     scale = gl.load(scales_ptr + group * N + n)
     zero = zeros_of(zeros_ptr, n, group, ZN)
-    while unit < units:
-        end = end_block(unit, blocks, SPLIT)
-        b = first_block(unit, blocks, SPLIT)
+    while at < everything:
+        tile = at // blocks
+        begin = at - tile * blocks
+        stop = gl.minimum(end, (tile + 1) * blocks)
+        last = stop - tile * blocks
+        next_turn, next_at, next_end = following(turn, stop, end, shared, blocks)
+        next_tile = next_at // blocks
+        next_begin = next_at - next_tile * blocks
+        next_m, next_n_tile = place_of(next_tile, m_tiles, n_tiles)
+        more = next_at < everything
         acc = hopper.warpgroup_mma_init(gl.zeros((NT, MT), gl.float32, acc_layout))
         before = gl.zeros((NT, W), dtype, a_layout)
-        following = unit + step
-        more = following < units
-        next_m, next_n_tile = place_of(following, m_tiles, n_tiles, SPLIT)
-        while b < end:
-            # Load the next block's words, of this unit or the next one, ahead of their use.
-            last = b + 1 == end
-            next_unit = gl.where(last & more, following, unit)
-            next_b = gl.where(last, first_block(next_unit, blocks, SPLIT), b + 1)
-            next_first = gl.where(last & more, next_n_tile * NT, first)
+        b = begin
+        while b < last:
+            # Load the next block's words, of this piece or the next one, ahead of their use.
+            ends = b + 1 == last
+            next_b = gl.where(ends, next_begin, b + 1)
+            next_first = gl.where(ends & more, next_n_tile * NT, first)
             next_n = gl.minimum(next_first + gl.arange(0, NT, row_layout), N - 1)
             next_words = load_words(words_ptr, next_first // 16, next_b, blocks, column_tiles, NT)
             next_group = (next_b * 8) // GP
@@ -269,38 +356,40 @@ def product(
             held = as_operand(words, NT, a_layout)
             for i in gl.static_range(CHUNKS):
                 w = unpack(held, even, odd, s, i * P, P, dtype, NT, a_layout)
-                hopper.mbarrier.wait(full.index(at), phase)
-                acc = hopper.warpgroup_mma(w, xs.index(at).permute((1, 0)), acc, is_async=True)
+                hopper.mbarrier.wait(full.index(slot_at), phase)
+                acc = hopper.warpgroup_mma(w, xs.index(slot_at).permute((1, 0)), acc, is_async=True)
                 # The chunk before is done after this: its slot is free, and so are the registers of its weights.
                 acc, before = hopper.warpgroup_mma_wait(1, deps=[acc, before])
                 acc = hopper.warpgroup_mma_init(acc)
                 before = w
-                fetch(x_desc, xs, full, p_slot, p_m, p_chunk, p_unit < units, MT, W)
-                p_unit, p_m, p_chunk = following_chunk(
-                    p_unit, p_m, p_chunk, step, blocks, m_tiles, n_tiles, SPLIT, CHUNKS
+                fetch(x_desc, xs, full, p_slot, p_m, p_chunk, p_stop <= everything, MT, W)
+                p_turn, p_end, p_stop, p_m, p_chunk, p_last = following_chunk(
+                    p_turn, p_end, p_stop, p_m, p_chunk, p_last, shared, blocks, m_tiles, n_tiles, CHUNKS
                 )
                 p_slot = gl.where(p_slot + 1 == STAGES, 0, p_slot + 1)
-                at += 1
-                if at == STAGES:
-                    at = 0
+                slot_at += 1
+                if slot_at == STAGES:
+                    slot_at = 0
                     phase ^= 1
             words = next_words
             scale = next_scale
             zero = next_zero
             b += 1
         acc = hopper.warpgroup_mma_wait(0, deps=[acc])
-        if SPLIT > 1:
-            columns = first + gl.arange(0, NT, gl.SliceLayout(1, acc_layout))
-            rows = m_tile * MT + gl.arange(0, MT, gl.SliceLayout(0, acc_layout))
-            place = gl.expand_dims(rows, 0) * N + gl.expand_dims(columns, 1)
-            inside = gl.expand_dims(rows < M, 0) & gl.expand_dims(columns < N, 1)
-            gl.store(parts_ptr + (unit % SPLIT).to(gl.int64) * M * N + place, acc, inside)
+        if SHARED:
+            if begin > 0:
+                give(parts_ptr, counters_ptr, acc, tile, NT, MT, acc_layout)
+            else:
+                if last < blocks:
+                    acc = gather(parts_ptr, counters_ptr, acc, tile, shared, blocks, NT, MT, acc_layout)
+                write(y_desc, ys, acc, m_tile, first, MT)
         else:
-            hopper.tma.store_wait(0)  # of the tile before
-            ys.permute((1, 0)).store(acc.to(dtype))
-            hopper.fence_async_shared()
-            hopper.tma.async_copy_shared_to_global(y_desc, [m_tile * MT, first], ys)
-        unit = following
+            write(y_desc, ys, acc, m_tile, first, MT)
+        turn = next_turn
+        at = next_at
+        end = next_end
         m_tile = next_m
         first = next_n_tile * NT
+    if OVERLAP == 2:
+        gdc_launch_dependents()
     hopper.tma.store_wait(0)

@@ -6,15 +6,16 @@ import functools
 import threading
 
 import torch
-import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from awq_core.api import Weight
-from awq_core.fragments.launch import interpreted
+from awq_core.fragments.launch import counters, interpreted, launch_options, multiprocessors
 
 from . import hopper, launch
-from .hopper_tiles import way_for
+from .hopper_tiles import Work, work_for
+
+OVERLAP = 1
 
 TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
@@ -23,12 +24,6 @@ TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 def shared_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """How a tile [rows, columns] lies in shared memory."""
     return gl.NVMMASharedLayout.get_default_for([rows, columns], TYPES[dtype])
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of this GPU."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 _threads = threading.local()
@@ -44,40 +39,47 @@ def enter(device: torch.device) -> None:
 
 def product(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [M, K] to [M, N], float32 accumulation; core adds the bias."""
-    spec, t = weight.spec, weight.tensors
-    rows, k, n = x.shape[0], spec.in_features, spec.out_features
+    spec = weight.spec
     # Triton's interpreter does not know Gluon.
-    found = None if interpreted() else way_for(rows, k, n, multiprocessors(x.device))
-    if found is None:
-        return launch.matmul(weight, x, bias)
-    way, split = found
-    if rows * n >= 1 << 31:  # places in a part are 32-bit numbers
-        split = 1
-    units = triton.cdiv(n, way.n) * triton.cdiv(rows, way.m) * split
+    found = (
+        None if interpreted() else work_for(x.shape[0], spec.in_features, spec.out_features, multiprocessors(x.device))
+    )
+    return launch.matmul(weight, x, bias) if found is None else run(weight, x, found)
+
+
+def run(weight: Weight, x: torch.Tensor, work: Work) -> torch.Tensor:
+    """x [M, K] to [M, N] in the given way."""
+    spec, t, way = weight.spec, weight.tensors, work.way
+    rows, k, n = x.shape[0], spec.in_features, spec.out_features
     enter(x.device)
     if x.data_ptr() % 16:  # copies of tiles begin at multiples of 16 bytes
         x = x.clone()
     y = x.new_empty(rows, n)
     width = 16 * way.planes
-    parts = torch.empty(split, rows, n, dtype=torch.float32, device=x.device) if split > 1 else t["scales"]
-    hopper.product[(min(units, multiprocessors(x.device) * way.programs),)](
+    parts = arrived = t["scales"]  # not written
+    if work.shared:
+        parts = torch.empty(work.programs, way.n, way.m, dtype=torch.float32, device=x.device)
+        arrived = counters(x.device)
+    hopper.product[(work.programs,)](
         TensorDescriptor.from_tensor(x, [way.m, width], shared_layout(way.m, width, x.dtype)),
         TensorDescriptor.from_tensor(y, [way.m, way.n], shared_layout(way.m, way.n, x.dtype)),
         t["words"],
         t["scales"],
         t["zeros"],
         parts,
+        arrived,
         k,
         n,
         rows,
+        work.shared,
         GP=spec.group_size // 16,
         NT=way.n,
         MT=way.m,
         P=way.planes,
-        SPLIT=split,
+        SHARED=work.shared > 0,
         STAGES=way.stages,
+        OVERLAP=OVERLAP,
         num_warps=way.warps,
+        **(launch_options(x.device) if OVERLAP else {}),
     )
-    if split > 1:
-        launch.add_parts(parts, y)
     return y

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 MULTIPROCESSORS = 132
 SPLITS = (1, 2, 3, 4, 6, 8)
-BANDWIDTH = 4.1e6  # bytes a microsecond at which the parts of a split are added up, after a launch
-LAUNCH = 1.5
+START = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +39,41 @@ WAYS = (
 )
 
 
-def time_of(way: Way, split: int, rows: int, in_features: int, out_features: int, multiprocessors: int) -> float:
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How a problem is done: by ``programs`` that share out ``shared`` tiles evenly and take the others whole."""
+
+    way: Way
+    programs: int
+    shared: int
+
+
+def time_of(work: Work, tiles: int, blocks: int, multiprocessors: int) -> float:
     """Microseconds, roughly."""
-    units = -(-out_features // way.n) * -(-rows // way.m) * split
-    blocks = -(-in_features // 128) / split
-    here = min(way.programs, -(-units // multiprocessors))
-    waves = -(-units // (multiprocessors * here))
-    each = (way.alone if here == 1 else way.shared) * blocks + 2.0
-    if split == 1:
-        return waves * each
-    adding = LAUNCH + rows * out_features * (4 * split + 2) / BANDWIDTH
-    return waves * (each + way.joining) + adding
+    way = work.way
+    each = way.alone if work.programs <= multiprocessors else way.shared
+    time = START + -(-(tiles - work.shared) // work.programs) * blocks * each
+    if work.shared:
+        share = work.shared * blocks / work.programs
+        parts = math.ceil(blocks / share) if share < blocks else 1
+        time += share * each + (1 + parts) * way.joining
+    return time
+
+
+def works(way: Way, rows: int, in_features: int, out_features: int, multiprocessors: int) -> list[Work]:
+    """What there is to choose from."""
+    blocks = -(-in_features // 128)
+    tiles = -(-out_features // way.n) * -(-rows // way.m)
+    slots = multiprocessors * way.programs
+    found = [Work(way, min(tiles, slots), 0)]
+    whole, left = divmod(tiles, slots)
+    if whole and left:
+        found += [Work(way, slots, left), Work(way, slots, slots + left)]
+    elif left:
+        for programs in {*(tiles * split for split in SPLITS), slots, multiprocessors}:
+            if tiles < programs <= slots and tiles * blocks >= 2 * programs:
+                found.append(Work(way, programs, tiles))
+    return [work for work in found if not work.shared or work.shared * blocks >= 2 * work.programs]
 
 
 def plain_time(rows: int, in_features: int, out_features: int) -> float:
@@ -58,16 +82,14 @@ def plain_time(rows: int, in_features: int, out_features: int) -> float:
     return 2.0 * rows * in_features * out_features / speed + 6.5
 
 
-def way_for(
-    rows: int, in_features: int, out_features: int, multiprocessors: int = MULTIPROCESSORS
-) -> tuple[Way, int] | None:
-    """The fastest way and into how many parts K is split; None: ``kernels.matmul`` is faster."""
+def work_for(rows: int, in_features: int, out_features: int, multiprocessors: int = MULTIPROCESSORS) -> Work | None:
+    """The fastest; None: ``kernels.matmul`` is faster."""
     blocks = -(-in_features // 128)
-    ways = [
-        (time_of(way, split, rows, in_features, out_features, multiprocessors), i, split)
-        for i, way in enumerate(WAYS)
-        for split in SPLITS
-        if split == 1 or blocks >= 4 * split
-    ]
-    best, i, split = min(ways)
-    return None if plain_time(rows, in_features, out_features) < best else (WAYS[i], split)
+    best, chosen = plain_time(rows, in_features, out_features), None
+    for way in WAYS:
+        tiles = -(-out_features // way.n) * -(-rows // way.m)
+        for work in works(way, rows, in_features, out_features, multiprocessors):
+            time = time_of(work, tiles, blocks, multiprocessors)
+            if time < best:
+                best, chosen = time, work
+    return chosen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from awq_core.api import Backend, Capability, Device, Kernel, LinearSpec, Rows, TritonSource, hookimpl, lazy
+from awq_core.api import Backend, Capability, Device, Kernel, LinearSpec, Reason, Rows, TritonSource, hookimpl, lazy
 from awq_core.fragments import chunk
 
 PLUGIN_API = 1
@@ -21,14 +21,14 @@ def _probe(device: Device) -> str | None:
     return None
 
 
-def _record(rows: Rows, priority: int) -> Capability:
+def _record(rows: Rows, priority: int, archs: frozenset[str] = NVIDIA, group_multiple: int = 16) -> Capability:
     return Capability(
         device="cuda",
         vendors=frozenset({"nvidia"}),
-        archs=NVIDIA,
+        archs=archs,
         layouts=LAYOUTS,
         dtypes=frozenset({"float16", "bfloat16"}),
-        group_multiple=16,
+        group_multiple=group_multiple,
         out_multiple=8,
         rows=rows,
         priority=priority,
@@ -66,9 +66,50 @@ def _sources(spec: LinearSpec) -> Sequence[TritonSource]:
     ]
 
 
+def _one_refuses(spec: LinearSpec) -> Reason | None:
+    from .tiles import MOST_IN
+
+    if spec.in_features > MOST_IN:
+        return Reason("in_features", f"at most {MOST_IN}, whose row fits into shared memory", str(spec.in_features))
+    return None
+
+
+def _one_sources(spec: LinearSpec) -> Sequence[TritonSource]:
+    if spec.device.arch != "sm90" or spec.group_size % 128 or spec.in_features % 128:
+        return []
+    from . import one
+    from .tiles import BLOCKS, WARPS, steps_for, way_for
+
+    kind = {"float16": "*fp16:16", "bfloat16": "*bf16:16"}[spec.dtype]
+    signature = {"words_ptr": "*i32:16", "scales_ptr": "*fp16:16", "zeros_ptr": "*i32:16", "K": "i32", "N": "i32"}
+    signature |= dict.fromkeys(("x_ptr", "y_ptr", "bias_ptr", "other_ptr"), kind)
+    constants = {"GP": spec.group_size // 16, "B": BLOCKS, "STEPS": steps_for(spec.in_features)}
+    constants["D"] = way_for(spec.in_features, spec.out_features).depth
+    plain, forms = {"BIAS": False, "SILU": False, "ADD": False}, ("", "BIAS", "SILU", "ADD")
+    return [
+        TritonSource(
+            one.one,
+            signature,
+            constants | plain | ({form: True} if form else {}),
+            {"num_warps": WARPS},
+        )
+        for form in forms
+    ]
+
+
 BACKEND = Backend(
     name="gemv",
     kernels=(
+        Kernel(
+            name="one",
+            reads="awq_fragments",
+            capabilities=(_record(Rows(1, 1), 250, frozenset({"sm90"}), 128),),
+            apply=lazy("awq_gemv.launch:one"),
+            refuses=_one_refuses,
+            sources=_one_sources,
+            adds_bias=True,
+            epilogues={name: lazy(f"awq_gemv.launch:one_{name}") for name in ("silu_mul", "add")},
+        ),
         Kernel(
             name="few",
             reads="awq_fragments",  # offered by the GEMM backend, so that decoding and prefill share one copy
