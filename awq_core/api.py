@@ -3,7 +3,7 @@
 from .capability import Capability, Reason
 from .fusing import FusingMapping
 from .hookspecs import PLUGIN_API, hookimpl
-from .kernel import ANY_LAYOUT, Backend, Kernel, ResidentLayout, TritonSource, Weight
+from .kernel import ANY_LAYOUT, Backend, Kernel, Normed, ResidentLayout, TritonSource, Weight
 from .layouts import checkpoint_layout
 from .layouts.base import Codes, Layout, dequantize
 from .lazy import lazy
@@ -21,6 +21,7 @@ __all__ = [
     "Kernel",
     "Layout",
     "LinearSpec",
+    "Normed",
     "Reason",
     "ResidentLayout",
     "Rows",

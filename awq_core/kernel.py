@@ -92,6 +92,22 @@ def _always_there(device: Device) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
+class Normed:
+    """A row that a linear is to make itself: the RMSNorm of the residual stream, all in one dtype.
+
+    ``x`` [1, K] is the stream; ``plus`` [1, K], where it is given, is added to it first, and ``out`` [1, K], which is
+    neither of the two, receives the sum. ``offset``: the factor is ``1 + weight`` and rounding comes last (Gemma).
+    """
+
+    x: torch.Tensor
+    plus: torch.Tensor | None
+    weight: torch.Tensor
+    eps: float
+    offset: bool
+    out: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Kernel:
     """One way to compute ``x @ w``, stateless apart from the prepared weight.
 
@@ -104,7 +120,8 @@ class Kernel:
     back from ``awq_core.api.tuned("backend.kernel", spec, rows, x.device)``.
     ``epilogues`` are variants for fused blocks, by name, for linears without bias and M in ``capabilities``:
     ``silu_mul(weight, x)``, N a multiple of 32, gives ``silu(y[:, :N/2]) * y[:, N/2:]``, and ``add(weight, x, other)``
-    gives ``y + other``.
+    gives ``y + other``. For M = 1, with or without bias: ``norm(weight, normed, bias)`` and
+    ``norm_silu_mul(weight, normed)`` multiply a ``Normed`` row.
     """
 
     name: str

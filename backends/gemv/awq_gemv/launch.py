@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from awq_core.api import Weight
+from awq_core.api import Normed, Weight
 from awq_core.fragments import chunk
 from awq_core.fragments.launch import (
     COUNTERS,
@@ -23,6 +23,7 @@ from . import one as one_kernel
 from .tiles import (
     AHEAD,
     BLOCKS,
+    MOST_NORMED,
     REGISTERS,
     STAGES,
     WARPS,
@@ -54,6 +55,16 @@ def one_add(weight: Weight, x: torch.Tensor, other: torch.Tensor) -> torch.Tenso
     return _launch_one(weight, x, weight.spec.out_features, other=other)
 
 
+def one_norm(weight: Weight, normed: Normed, bias: torch.Tensor | None) -> torch.Tensor:
+    """``one`` of a row that the kernel makes from the residual stream."""
+    return _launch_one(weight, normed.x, weight.spec.out_features, bias=bias, normed=normed)
+
+
+def one_norm_silu_mul(weight: Weight, normed: Normed) -> torch.Tensor:
+    """``one_silu_mul`` of such a row."""
+    return _launch_one(weight, normed.x, _half(weight), silu=True, normed=normed)
+
+
 def few(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [M, K], M at most 16, to [M, N]; float32 accumulation, rounded before the bias is added."""
     return _launch(weight, x, weight.spec.out_features, bias=bias)
@@ -76,6 +87,22 @@ def _half(weight: Weight) -> int:
     return half
 
 
+def _fits(normed: Normed) -> bool:
+    """Whether the kernel can read it: one dtype, and 16 bytes at a time."""
+    rows = [row for row in (normed.x, normed.plus, normed.weight, normed.out) if row is not None]
+    return all(row.dtype == normed.x.dtype and row.data_ptr() % 16 == 0 for row in rows)
+
+
+def _norm(normed: Normed) -> torch.Tensor:
+    """What the kernel does with a ``Normed``, in operations of its own."""
+    x, w, dtype = normed.x, normed.weight.float(), normed.x.dtype
+    if normed.plus is not None:
+        x = torch.add(x, normed.plus, out=normed.out)
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + normed.eps)
+    return (wide * (1.0 + w)).to(dtype) if normed.offset else (wide.to(dtype).float() * w).to(dtype)
+
+
 def _launch_one(
     weight: Weight,
     x: torch.Tensor,
@@ -83,18 +110,26 @@ def _launch_one(
     silu: bool = False,
     bias: torch.Tensor | None = None,
     other: torch.Tensor | None = None,
+    normed: Normed | None = None,
 ) -> torch.Tensor:
     spec, t = weight.spec, weight.tensors
     k, n = spec.in_features, spec.out_features
     # Triton's interpreter does not know Gluon.
-    if interpreted() or t["scales"].element_size() != 2:
+    plain = interpreted() or t["scales"].element_size() != 2
+    if normed is not None and (plain or k > MOST_NORMED or not _fits(normed)):
+        x, normed = _norm(normed), None
+    if plain:
         return _launch(weight, x, width, silu, bias, other)
+    plus = None if normed is None else normed.plus
     way = way_for(k, n)
     if x.data_ptr() % 16:  # it is read 16 bytes at a time
         x = x.clone()
     y = x.new_empty(1, width)
     one_kernel.one[(programs_for(way, width, multiprocessors(x.device)),)](
         x,
+        x if plus is None else plus,
+        x if normed is None else normed.weight,
+        x if normed is None else normed.out,
         t["words"],
         t["scales"],
         t["zeros"],
@@ -107,6 +142,10 @@ def _launch_one(
         B=BLOCKS,
         STEPS=steps_for(k),
         D=way.depth,
+        NORM=normed is not None,
+        PLUS=plus is not None,
+        OFFSET=normed is not None and normed.offset,
+        EPS=0.0 if normed is None else normed.eps,
         BIAS=bias is not None,
         SILU=silu,
         ADD=other is not None,

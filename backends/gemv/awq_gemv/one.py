@@ -133,25 +133,90 @@ def fetch(
 
 
 @gluon.jit
-def keep(x_ptr, xs, sums, blocks, B: gl.constexpr, STEPS: gl.constexpr):
+def row_of(ptr, blocks, B: gl.constexpr, STEPS: gl.constexpr):
+    """A row [K] as pairs, a tensor a step; all loads are on their way at once."""
+    W: gl.constexpr = gl.num_warps()
+    pairs_ptr = ptr.to(gl.pointer_type(gl.int32), bitcast=True)
+    e = gl.arange(0, W * B * 64, flat(4, W))
+    row = ()
+    for s in gl.static_range(STEPS):
+        at = s * (W * B * 64) + e
+        row = row + (gl.load(pairs_ptr + at, at < blocks * 64, 0),)
+    return row
+
+
+@gluon.jit
+def halves_of(pairs, dtype: gl.constexpr):
+    """Pairs as two tensors of float32."""
+    low = pairs.to(gl.int16).to(dtype, bitcast=True).to(gl.float32)
+    high = (pairs >> 16).to(gl.int16).to(dtype, bitcast=True).to(gl.float32)
+    return low, high
+
+
+@gluon.jit
+def paired(low, high, dtype: gl.constexpr):
+    """Float32 that ``dtype`` holds exactly, as pairs."""
+    low = low.to(dtype).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
+    high = high.to(dtype).to(gl.int16, bitcast=True).to(gl.int32) << 16
+    return low | high
+
+
+@gluon.jit
+def weighted(x, w, OFFSET: gl.constexpr, dtype: gl.constexpr):
+    """A normed x times its weight, as float32 that ``dtype`` holds exactly."""
+    if OFFSET:
+        y = (x * (1.0 + w)).to(dtype).to(gl.float32)
+    else:
+        y = (x.to(dtype).to(gl.float32) * w).to(dtype).to(gl.float32)
+    return y
+
+
+@gluon.jit
+def normed(
+    x, y, w, out_ptr, K, blocks, B: gl.constexpr, STEPS: gl.constexpr, PLUS: gl.constexpr, OFFSET: gl.constexpr,
+    EPS: gl.constexpr, dtype: gl.constexpr,
+):  # fmt: skip
+    """The RMSNorm of x + y as pairs; the first program writes x + y, which all of them compute."""
+    W: gl.constexpr = gl.num_warps()
+    e = gl.arange(0, W * B * 64, flat(4, W))
+    squares = gl.zeros((W * B * 64,), gl.float32, flat(4, W))
+    lows = ()
+    highs = ()
+    for s in gl.static_range(STEPS):
+        low, high = halves_of(x[s], dtype)
+        if PLUS:
+            more_low, more_high = halves_of(y[s], dtype)
+            low = (low + more_low).to(dtype).to(gl.float32)
+            high = (high + more_high).to(dtype).to(gl.float32)
+            if gl.program_id(0) == 0:
+                at = s * (W * B * 64) + e
+                pairs_ptr = out_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
+                gl.store(pairs_ptr + at, paired(low, high, dtype), at < blocks * 64)
+        squares += low * low + high * high
+        lows = lows + (low,)
+        highs = highs + (high,)
+    rstd = gl.rsqrt(gl.sum(squares, 0) / K + EPS)
+    row = ()
+    for s in gl.static_range(STEPS):
+        w_low, w_high = halves_of(w[s], dtype)
+        low = weighted(lows[s] * rstd, w_low, OFFSET, dtype)
+        high = weighted(highs[s] * rstd, w_high, OFFSET, dtype)
+        row = row + (paired(low, high, dtype),)
+    return row
+
+
+@gluon.jit
+def keep(row, xs, sums, B: gl.constexpr, STEPS: gl.constexpr, dtype: gl.constexpr):
     """Bring x into shared memory, in the order in which threads read it, and what the magic numbers make of its sums.
 
     The sums of a block: (code + offset) x adds up to ``sums[0]`` more than it should, and each unit of the zero point
     to ``sums[1]``.
     """
     W: gl.constexpr = gl.num_warps()
-    dtype: gl.constexpr = x_ptr.dtype.element_ty
-    pairs_ptr = x_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
     e = gl.arange(0, W * B * 64, flat(4, W))
-    loaded = ()
-    for s in gl.static_range(STEPS):  # all at once: a store waits for all threads
-        at = s * (W * B * 64) + e
-        loaded = loaded + (gl.load(pairs_ptr + at, at < blocks * 64, 0),)
     for s in gl.static_range(STEPS):
-        pairs = loaded[s]
-        xs.index(s).permute((0, 1, 2, 4, 3)).store(gl.reshape(pairs, (W, B, 4, 4, 4)))
-        low = pairs.to(gl.int16).to(dtype, bitcast=True).to(gl.float32)
-        high = (pairs >> 16).to(gl.int16).to(dtype, bitcast=True).to(gl.float32)
+        xs.index(s).permute((0, 1, 2, 4, 3)).store(gl.reshape(row[s], (W, B, 4, 4, 4)))
+        low, high = halves_of(row[s], dtype)
         x = low + high
         total = gl.sum(gl.reshape(x, (W * B, 64)), 1)
         if dtype == gl.bfloat16:
@@ -232,7 +297,10 @@ def product_of(
 
 @gluon.jit
 def one(
-    x_ptr,  # [K]
+    x_ptr,  # [K], the residual stream under NORM
+    plus_ptr,  # [K], what is added to it; not read unless PLUS
+    norm_ptr,  # [K], weight of its RMSNorm; not read unless NORM
+    stream_ptr,  # [K], the sum; not written unless PLUS
     words_ptr,
     scales_ptr,
     zeros_ptr,
@@ -245,6 +313,10 @@ def one(
     B: gl.constexpr,  # blocks that a warp takes in a step
     STEPS: gl.constexpr,  # in K
     D: gl.constexpr,  # steps whose words are on their way or used
+    NORM: gl.constexpr,  # multiply norm(x), or norm(x + plus)
+    PLUS: gl.constexpr,
+    OFFSET: gl.constexpr,  # the norm's factor is 1 + weight, and rounding comes last
+    EPS: gl.constexpr,
     BIAS: gl.constexpr,
     SILU: gl.constexpr,  # y = silu(first half of the columns) * second half
     ADD: gl.constexpr,  # y = x w + other
@@ -275,10 +347,16 @@ def one(
         )  # fmt: skip
         p_turn, p_step = following(p_turn, p_step, STEPS)
     p_slot = D - 1
+    if NORM:
+        norm = row_of(norm_ptr, blocks, B, STEPS)
     gdc_wait()
     if p_turn >= turns:  # the next kernel's words may come once all of these are on their way
         gdc_launch_dependents()
-    keep(x_ptr, xs, sums, blocks, B, STEPS)
+    row = row_of(x_ptr, blocks, B, STEPS)
+    if NORM:
+        plus = row_of(plus_ptr, blocks, B, STEPS) if PLUS else row
+        row = normed(row, plus, norm, stream_ptr, K, blocks, B, STEPS, PLUS, OFFSET, EPS, dtype)
+    keep(row, xs, sums, B, STEPS, dtype)
     total = gl.zeros((W, 128), gl.float32, gl.SliceLayout(1, quads(B, W)))
     out: gl.constexpr = gl.SliceLayout(0, gl.BlockedLayout([1, 4], [1, 32], [W, 1], [1, 0]))
     held = gl.zeros((128,), gl.float32, out)

@@ -10,6 +10,7 @@ from awq_core.fragments import chunk
 PLUGIN_API = 1
 
 LAYOUTS = frozenset({"gemm", "gemv", "marlin"})  # those with integer zero points
+ONE_FORMS = ("silu_mul", "add", "norm", "norm_silu_mul")
 NVIDIA = frozenset({"sm80", "sm86", "sm89", "sm90", "sm100", "sm120"})
 
 
@@ -78,19 +79,29 @@ def _one_sources(spec: LinearSpec) -> Sequence[TritonSource]:
     if spec.device.arch != "sm90" or spec.group_size % 128 or spec.in_features % 128:
         return []
     from . import one
-    from .tiles import BLOCKS, WARPS, steps_for, way_for
+    from .tiles import BLOCKS, MOST_NORMED, WARPS, steps_for, way_for
 
     kind = {"float16": "*fp16:16", "bfloat16": "*bf16:16"}[spec.dtype]
     signature = {"words_ptr": "*i32:16", "scales_ptr": "*fp16:16", "zeros_ptr": "*i32:16", "K": "i32", "N": "i32"}
-    signature |= dict.fromkeys(("x_ptr", "y_ptr", "bias_ptr", "other_ptr"), kind)
-    constants = {"GP": spec.group_size // 16, "B": BLOCKS, "STEPS": steps_for(spec.in_features)}
+    rows = ("x_ptr", "plus_ptr", "norm_ptr", "stream_ptr", "y_ptr", "bias_ptr", "other_ptr")
+    signature |= dict.fromkeys(rows, kind)
+    constants: dict[str, object] = {
+        "EPS": 1e-6,
+        "OFFSET": False,
+        "GP": spec.group_size // 16,
+        "B": BLOCKS,
+        "STEPS": steps_for(spec.in_features),
+    }
     constants["D"] = way_for(spec.in_features, spec.out_features).depth
-    plain, forms = {"BIAS": False, "SILU": False, "ADD": False}, ("", "BIAS", "SILU", "ADD")
+    plain = dict.fromkeys(("NORM", "PLUS", "BIAS", "SILU", "ADD"), False)
+    forms: list[tuple[str, ...]] = [(), ("BIAS",), ("SILU",), ("ADD",)]
+    if spec.in_features <= MOST_NORMED:
+        forms += [("NORM", "PLUS", "BIAS"), ("NORM", "PLUS", "SILU"), ("NORM",)]
     return [
         TritonSource(
             one.one,
             signature,
-            constants | plain | ({form: True} if form else {}),
+            constants | plain | dict.fromkeys(form, True),
             {"num_warps": WARPS},
         )
         for form in forms
@@ -108,7 +119,7 @@ BACKEND = Backend(
             refuses=_one_refuses,
             sources=_one_sources,
             adds_bias=True,
-            epilogues={name: lazy(f"awq_gemv.launch:one_{name}") for name in ("silu_mul", "add")},
+            epilogues={name: lazy(f"awq_gemv.launch:one_{name}") for name in ONE_FORMS},
         ),
         Kernel(
             name="few",

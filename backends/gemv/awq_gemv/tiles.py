@@ -33,6 +33,7 @@ def split_for(columns: int, fill: int, in_features: int, out_features: int) -> i
 # Of the kernel for one row.
 BLOCKS = 4  # of 128 k that a warp takes in a step
 SMALL = 20 << 20  # codes up to which one program a multiprocessor, with more of its words on their way, is faster
+MOST_NORMED = 8192  # in_features up to which a thread's share of a row stays in registers until its norm is known
 MOST_IN = 32768  # in_features whose row fits into shared memory beside the words
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from awq_core.api import Normed
+
 from .launch import Attend, Pick, add_norm, gated
-from .linears import Rows, bound, epilogue, joined
+from .linears import Rows, bound, epilogue, joined, normed
 from .model import Decoder, Layer, Mlp, Norm
 from .storage import Storage, outside_inference_mode, rope_tables
+
+Pair = tuple[Callable[[Normed], torch.Tensor], Callable[[Normed], torch.Tensor]]
 
 
 class GpuStep:
@@ -30,12 +36,15 @@ class GpuStep:
             ]
         self.linears = [linears(layer, batch) for layer in decoder.layers]
         self.head = bound(decoder.head, batch)
+        self.normed = normed_linears(decoder) if batch == 1 else None
 
     def logits(self) -> torch.Tensor:
         """The step; ``length`` stays."""
         decoder, layers = self.decoder, self.decoder.layers
         x = embedded(decoder, self.tokens)
         h = torch.empty_like(x)
+        if self.normed is not None:
+            return capped(self.head(self._through_normed(x, h, self.normed)), decoder.softcap)
         add_norm(None, x, layers[0].before_attention, h)
         for layer, attend, (qkv, o, gated_up, down), after in zip(
             layers, self.attends, self.linears, following(decoder), strict=True
@@ -43,6 +52,21 @@ class GpuStep:
             add_norm(o(attend(qkv(h))), x, layer.before_mlp, h, layer.after_attention)
             add_norm(down(gated_up(h)), x, after, h, layer.after_mlp)
         return capped(self.head(h), decoder.softcap)
+
+    def _through_normed(self, x: torch.Tensor, other: torch.Tensor, linears: list[Pair]) -> torch.Tensor:
+        """The layers where linears make their rows themselves; the stream goes to and fro between x and ``other``."""
+        y: torch.Tensor | None = None
+        for layer, attend, (qkv, gated_up), (_, o, _, down) in zip(
+            self.decoder.layers, self.attends, linears, self.linears, strict=True
+        ):
+            values = attend(qkv(_normed(x, y, layer.before_attention, other)))
+            if y is not None:
+                x, other = other, x
+            y = o(values)
+            gate = gated_up(_normed(x, y, layer.before_mlp, other))
+            x, other = other, x
+            y = down(gate)
+        return add_norm(y, x, self.decoder.norm, other)
 
     def advance(self) -> torch.Tensor:
         """The step, and ``length`` is one more."""
@@ -64,6 +88,24 @@ def embedded(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
 def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
     """Soft cap of the logits."""
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def _normed(x: torch.Tensor, plus: torch.Tensor | None, norm: Norm, out: torch.Tensor) -> Normed:
+    return Normed(x, plus, norm.weight, norm.eps, norm.offset, out)
+
+
+def normed_linears(decoder: Decoder) -> list[Pair] | None:
+    """qkv and gate-up of each layer as kernels that take their norm in; None unless all layers have both."""
+    found = []
+    for layer in decoder.layers:
+        mlp = layer.mlp
+        plain = layer.after_attention is None and layer.after_mlp is None and mlp.activation == "silu"
+        qkv = normed(layer.attention.qkv) if plain else None
+        gated_up = epilogue(mlp.gate_up, 1, "norm_silu_mul") if getattr(mlp.down, "in_features", 1) % 16 == 0 else None
+        if qkv is None or gated_up is None:
+            return None
+        found.append((qkv, gated_up))
+    return found
 
 
 def linears(layer: Layer, rows: int) -> tuple[Rows, Rows, Rows, Rows]:

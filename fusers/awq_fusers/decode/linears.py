@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from awq_core.api import Kernel, Weight
+from awq_core.api import Kernel, Normed, Weight
 from awq_core.linear import AwqLinear
 
 Rows = Callable[[torch.Tensor], torch.Tensor]
@@ -35,11 +35,28 @@ def joined(modules: tuple[nn.Module, ...], rows: int) -> Rows:
     return lambda x: torch.cat([part(x) for part in parts], dim=-1)
 
 
-def epilogue(modules: tuple[nn.Module, ...], rows: int, name: str) -> Rows | None:
+def epilogue(modules: tuple[nn.Module, ...], rows: int, name: str) -> Callable[..., torch.Tensor] | None:
     """The variant ``name`` (``Kernel.epilogues``) of one linear without a bias; None where it has none."""
     module = modules[0]
     if len(modules) > 1 or not _ours(module) or module.bias is not None:
         return None
+    return _variant(module, rows, name)
+
+
+def normed(modules: tuple[nn.Module, ...]) -> Callable[[Normed], torch.Tensor] | None:
+    """One linear that makes its row itself, with or without a bias; None where it cannot."""
+    module = modules[0]
+    if len(modules) > 1 or not _ours(module):
+        return None
+    variant, bias = _variant(module, 1, "norm"), module.bias
+    if variant is None:
+        return None
+    if bias is not None and bias.dtype != module.dtype:
+        bias = bias.to(module.dtype)
+    return lambda row: variant(row, bias)
+
+
+def _variant(module: AwqLinear, rows: int, name: str) -> Callable[..., torch.Tensor] | None:
     found = _kernel(module, rows)
     if found is None or name not in found[0].epilogues:
         return None
