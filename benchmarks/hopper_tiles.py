@@ -50,17 +50,16 @@ def main() -> None:
         for rows in args.rows:
             x = torch.randn(rows, k, device="cuda", dtype=case.dtype)
             exact = x.double() @ case.exact.double()
-            times = {"dense": graph_us(plain(x))}
+            times = {"dense": round(graph_us(plain(x)), 2)}
             if rows <= 512:
-                times["tiles"] = graph_us([partial(launch.matmul, weight, x, None) for weight in weights])
+                times["tiles"] = round(graph_us([partial(launch.matmul, weight, x, None) for weight in weights]), 2)
             for way in WAYS:
                 for work in works(way, rows, k, n, processors):
-                    wrong = error(hopper_launch.run(first_weight := weights[0], x, work), exact)
-                    if not wrong < 1e-3 or not torch.equal(
-                        hopper_launch.run(first_weight, x, work), hopper_launch.run(first_weight, x, work)
-                    ):
-                        raise ArithmeticError(f"{shape} {rows} {name_of(work)}: relative error {wrong:.1e}")
-                    times[name_of(work)] = graph_us([partial(hopper_launch.run, w, x, work) for w in weights], 5)
+                    calls = [partial(hopper_launch.run, weight, x, work) for weight in weights]
+                    first_y, wrong = calls[0](), error(calls[0](), exact)
+                    if not wrong < 1e-3 or not torch.equal(first_y, calls[0]()):
+                        raise ArithmeticError(f"{shape} {rows} {name_of(work)}: {wrong:.1e}, or two runs differ")
+                    times[name_of(work)] = round(graph_us(calls, 5), 2)
             found[f"{shape} {rows}"] = times
             chosen = work_for(rows, k, n, processors)
             mine = "tiles" if chosen is None else name_of(chosen)
@@ -73,7 +72,8 @@ def main() -> None:
         torch.cuda.empty_cache()
     CONSOLE.print(table)
     if args.json is not None:
-        args.json.write_text(json.dumps(found))
+        lines = [f" {json.dumps(problem)}: {json.dumps(times)}" for problem, times in found.items()]
+        args.json.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -1,60 +1,62 @@
-"""The choice of the Hopper kernel's tiles: its model of the time against the times that were measured."""
+"""The choice of the Hopper kernel's work: its model of the time against the times that were measured."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from awq_gemm.hopper_tiles import MULTIPROCESSORS, SPLITS, WAYS, time_of, way_for
+from awq_gemm.hopper_tiles import WAYS, tiles_of, time_of, work_for, works
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "hopper-tiles-h100.json"
-SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)}
+SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096), "k": (4096, 1024)}
+SHAPES["small"] = (896, 896)
 
 
 def measured():
-    """(rows, K, N) to microseconds by (columns, rows, warps, split)."""
+    """(rows, K, N), and microseconds by tile, programs and shared tiles."""
     for name, times in json.loads(MEASURED.read_text()).items():
         shape, rows = name.split()
-        found = {}
-        for way, us in times.items():
-            if way != "dense":
-                found[tuple(map(int, re.fullmatch(r"(\d+)x(\d+)w(\d+)(?:p2)?/(\d+)", way).groups()))] = us
-        yield (int(rows), *SHAPES[shape]), found
+        yield (int(rows), *SHAPES[shape]), times
 
 
 def test_what_is_chosen_is_near_the_fastest_that_was_measured():
     checked = 0
     for problem, times in measured():
-        chosen = way_for(*problem)
-        if chosen is None or problem[0] < 128:
-            continue
-        way, split = chosen
-        ours = times.get((way.n, way.m, way.warps, split))
-        if ours is not None:  # not every split was measured
-            assert ours <= 1.15 * min(times.values()), (problem, chosen, ours, min(times.values()))
-            checked += 1
-    assert checked >= 8
+        work = work_for(*problem)
+        name = "tiles" if work is None else f"{work.way.n}x{work.way.m} {work.programs} {work.shared}"
+        best = min(us for way, us in times.items() if way != "dense")
+        assert times[name] <= 1.07 * best, (problem, name, times[name], best)
+        checked += 1
+    assert checked >= 30
 
 
 @pytest.mark.parametrize("rows", [256, 1000, 5000])
 def test_small_problems_are_left_to_the_plain_kernel_and_large_ones_are_not(rows):
-    assert way_for(65, 4096, 4096) is None
-    assert way_for(rows, 4096, 1 << 16) is not None
+    assert work_for(65, 896, 896) is None
+    assert work_for(rows, 4096, 1 << 16) is not None
 
 
-def test_a_split_is_never_finer_than_k():
-    for blocks in range(1, 40):
-        for rows in (65, 128, 512):
-            chosen = way_for(rows, 128 * blocks, 1024)
-            assert chosen is None or chosen[1] == 1 or blocks >= 4 * chosen[1]
+sizes = st.integers(65, 5000), st.integers(1, 200), st.integers(1, 4000), st.integers(16, 160)
+
+
+@given(*sizes)
+def test_every_program_has_work_and_no_share_is_a_sliver(rows, blocks, eighths, multiprocessors):
+    for way in WAYS:
+        for work in works(way, rows, 128 * blocks, 8 * eighths, multiprocessors):
+            tiles = tiles_of(way, rows, 8 * eighths)
+            assert 0 <= work.shared <= tiles
+            assert 1 <= work.programs <= multiprocessors * way.programs
+            assert work.shared * blocks >= 2 * work.programs or not work.shared
+            assert work.shared or work.programs <= tiles
 
 
 def test_more_work_takes_longer():
     for way in WAYS:
-        for split in SPLITS:
-            times = [time_of(way, split, 512, 1024 * k, 4096, MULTIPROCESSORS) for k in (4, 8, 16)]
+        for work in works(way, 512, 4096, 4096):
+            times = [time_of(work, 512, 1024 * k, 4096) for k in (4, 8, 16)]
             assert times == sorted(times)
             assert times[0] > 0

@@ -276,7 +276,6 @@ def product(
     P: gl.constexpr,  # planes in a chunk: 2 or 4
     SHARED: gl.constexpr,  # shared > 0
     STAGES: gl.constexpr,  # chunks of x in shared memory
-    OVERLAP: gl.constexpr,
 ):
     """Tiles of y^T [NT, MT], on as many programs as fit: what does not fill them evenly is cut along K (stream-K)."""
     dtype: gl.constexpr = x_desc.dtype
@@ -298,10 +297,8 @@ def product(
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         hopper.mbarrier.init(full.index(i), count=1)
-    if OVERLAP:
-        gdc_wait()
-        if OVERLAP == 1:
-            gdc_launch_dependents()
+    gdc_wait()
+    gdc_launch_dependents()
 
     turn = gl.num_programs(0) * 0 + (0 if SHARED else 1)
     at, end = turn_of(turn, shared, blocks)
@@ -390,6 +387,4 @@ def product(
         end = next_end
         m_tile = next_m
         first = next_n_tile * NT
-    if OVERLAP == 2:
-        gdc_launch_dependents()
     hopper.tma.store_wait(0)

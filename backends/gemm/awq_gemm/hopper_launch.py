@@ -15,8 +15,6 @@ from awq_core.fragments.launch import counters, interpreted, launch_options, mul
 from . import hopper, launch
 from .hopper_tiles import Work, work_for
 
-OVERLAP = 1
-
 TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
@@ -78,8 +76,7 @@ def run(weight: Weight, x: torch.Tensor, work: Work) -> torch.Tensor:
         P=way.planes,
         SHARED=work.shared > 0,
         STAGES=way.stages,
-        OVERLAP=OVERLAP,
         num_warps=way.warps,
-        **(launch_options(x.device) if OVERLAP else {}),
+        **launch_options(x.device),
     )
     return y

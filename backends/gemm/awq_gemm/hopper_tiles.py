@@ -1,6 +1,7 @@
-"""Which way of the Hopper kernel to take: the least time by a model that was fitted to measurements on an H100.
+"""How the Hopper kernel does a problem: in the least time by a model that was fitted to measurements on an H100.
 
-``benchmarks/results/hopper-tiles-h100.json`` holds the times of every way by shape and rows that the numbers come from.
+``benchmarks/results/hopper-tiles-h100.json`` (made by ``benchmarks/hopper_tiles.py``) holds the times of every way by
+shape and rows that the numbers come from.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from dataclasses import dataclass
 
 MULTIPROCESSORS = 132
 SPLITS = (1, 2, 3, 4, 6, 8)
-START = 3.0
+START = 1.8
+UNEVEN = 1.09  # programs that begin anywhere in K don't read the same x at the same time
+MOST_SHARED = 40e6  # bytes of x up to which that x stays in the L2 for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +21,7 @@ class Way:
     """Tiles of ``n`` columns by ``m`` rows; ``planes`` of 16 k in a chunk, ``stages`` chunks of x in shared memory.
 
     ``alone`` and ``shared`` are microseconds for a block of 128 k where one or two programs run on a multiprocessor,
-    ``joining`` what writing the sums of one part of a split costs.
+    ``giving`` and ``joining`` what it costs that a tile is cut along K, and each of its parts.
     """
 
     n: int
@@ -29,13 +32,14 @@ class Way:
     programs: int  # on a multiprocessor
     alone: float
     shared: float
+    giving: float
     joining: float
 
 
 WAYS = (
-    Way(128, 256, 4, 5, 8, 1, 1.34, 1.34, 5.0),
-    Way(128, 128, 2, 5, 4, 2, 0.95, 1.65, 1.8),
-    Way(64, 128, 4, 4, 4, 2, 0.65, 0.95, 0.8),
+    Way(128, 256, 4, 5, 8, 1, 1.52, 1.52, 0.6, 2.1),
+    Way(128, 128, 2, 5, 4, 2, 1.02, 1.82, 2.5, 1.0),
+    Way(64, 128, 4, 4, 4, 2, 0.69, 1.06, 1.0, 0.46),
 )
 
 
@@ -48,48 +52,57 @@ class Work:
     shared: int
 
 
-def time_of(work: Work, tiles: int, blocks: int, multiprocessors: int) -> float:
-    """Microseconds, roughly."""
-    way = work.way
-    each = way.alone if work.programs <= multiprocessors else way.shared
-    time = START + -(-(tiles - work.shared) // work.programs) * blocks * each
-    if work.shared:
-        share = work.shared * blocks / work.programs
-        parts = math.ceil(blocks / share) if share < blocks else 1
-        time += share * each + (1 + parts) * way.joining
-    return time
+def tiles_of(way: Way, rows: int, out_features: int) -> int:
+    """How many tiles y has."""
+    return -(-out_features // way.n) * -(-rows // way.m)
 
 
-def works(way: Way, rows: int, in_features: int, out_features: int, multiprocessors: int) -> list[Work]:
+def works(
+    way: Way, rows: int, in_features: int, out_features: int, multiprocessors: int = MULTIPROCESSORS
+) -> list[Work]:
     """What there is to choose from."""
     blocks = -(-in_features // 128)
-    tiles = -(-out_features // way.n) * -(-rows // way.m)
+    tiles = tiles_of(way, rows, out_features)
     slots = multiprocessors * way.programs
-    found = [Work(way, min(tiles, slots), 0)]
     whole, left = divmod(tiles, slots)
+    found = [Work(way, min(tiles, slots), 0)]
+    if rows * in_features * 2 > MOST_SHARED:
+        return found
     if whole and left:
         found += [Work(way, slots, left), Work(way, slots, slots + left)]
     elif left:
         for programs in {*(tiles * split for split in SPLITS), slots, multiprocessors}:
-            if tiles < programs <= slots and tiles * blocks >= 2 * programs:
+            if tiles < programs <= slots:
                 found.append(Work(way, programs, tiles))
     return [work for work in found if not work.shared or work.shared * blocks >= 2 * work.programs]
 
 
+def time_of(
+    work: Work, rows: int, in_features: int, out_features: int, multiprocessors: int = MULTIPROCESSORS
+) -> float:
+    """Microseconds, roughly."""
+    way, blocks = work.way, -(-in_features // 128)
+    each = way.alone if work.programs <= multiprocessors else way.shared
+    whole = tiles_of(way, rows, out_features) - work.shared
+    time = START + -(-whole // work.programs) * blocks * each
+    if work.shared:
+        share = work.shared * blocks / work.programs
+        parts = math.ceil(blocks / share) if share < blocks else 1
+        time += share * each * (UNEVEN if work.programs % work.shared else 1.0) + way.giving + parts * way.joining
+    return time
+
+
 def plain_time(rows: int, in_features: int, out_features: int) -> float:
     """The same of ``kernels.matmul``, whose small tiles are better where there is little to do."""
-    speed = 300e6 if in_features >= 8192 else 450e6  # operations a microsecond
-    return 2.0 * rows * in_features * out_features / speed + 6.5
+    return 5.5 + 0.11 * -(-in_features // 128) + 2.0 * rows * in_features * out_features / 500e6
 
 
 def work_for(rows: int, in_features: int, out_features: int, multiprocessors: int = MULTIPROCESSORS) -> Work | None:
     """The fastest; None: ``kernels.matmul`` is faster."""
-    blocks = -(-in_features // 128)
     best, chosen = plain_time(rows, in_features, out_features), None
     for way in WAYS:
-        tiles = -(-out_features // way.n) * -(-rows // way.m)
         for work in works(way, rows, in_features, out_features, multiprocessors):
-            time = time_of(work, tiles, blocks, multiprocessors)
+            time = time_of(work, rows, in_features, out_features, multiprocessors)
             if time < best:
                 best, chosen = time, work
     return chosen

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from awq_core.fragments.kernels import accumulate, block_of, last_to_arrive, run, sum_of_parts, unpack, wait_for_inputs
+from awq_core.fragments.kernels import accumulate, block_of, last_to_arrive, run, sum_of_parts, unpack
 
 
 @triton.jit
@@ -51,19 +51,6 @@ def matmul(
         if last_to_arrive(counters_ptr, tile, SPLIT):
             total = sum_of_parts(parts_ptr, place, M * N, inside, NT, MT, SPLIT)
             tl.store(y_ptr + place, total.to(y_ptr.dtype.element_ty), inside)
-
-
-@triton.jit
-def add_parts(parts_ptr, y_ptr, size, SPLIT: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
-    """y [size] = the sum of parts [SPLIT, size] float32 in their order, so that two runs agree bit for bit."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < size
-    if OVERLAP:
-        wait_for_inputs()
-    total = tl.load(parts_ptr + i, inside, 0.0)
-    for part in tl.static_range(1, SPLIT):
-        total += tl.load(parts_ptr + part * size.to(tl.int64) + i, inside, 0.0)
-    tl.store(y_ptr + i, total.to(y_ptr.dtype.element_ty), inside)
 
 
 @triton.jit

@@ -9,12 +9,10 @@ import triton
 
 from awq_core.api import LinearSpec, Weight
 from awq_core.fragments import chunk, layout
-from awq_core.fragments.launch import COUNTERS, counters, interpreted, joins, launch_options, overlaps, ptx
+from awq_core.fragments.launch import COUNTERS, counters, interpreted, joins, ptx
 
 from . import kernels
 from .tiles import split_for, tile_for
-
-ADDED = 1024  # elements of y that a program of ``add_parts`` sums up
 
 
 def matmul(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -52,20 +50,6 @@ def matmul(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.
         num_warps=tile.warps,
     )
     return y
-
-
-def add_parts(parts: torch.Tensor, y: torch.Tensor) -> None:
-    """y [M, N] = the sum of parts [SPLIT, M, N] float32, in their order."""
-    kernels.add_parts[(triton.cdiv(y.numel(), ADDED),)](
-        parts,
-        y,
-        y.numel(),
-        SPLIT=parts.shape[0],
-        BLOCK=ADDED,
-        OVERLAP=overlaps(y.device),
-        num_warps=4,
-        **launch_options(y.device),
-    )
 
 
 def dequantize(spec: LinearSpec, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

@@ -110,38 +110,33 @@ def _dequantize_sources(spec: LinearSpec) -> Sequence[TritonSource]:
 def _hopper_sources(spec: LinearSpec) -> Sequence[TritonSource]:
     if spec.device.arch != "sm90" or spec.group_size % 128:
         return []
-    from . import hopper, kernels
+    from . import hopper
     from .hopper_launch import TYPES, shared_layout
     from .hopper_tiles import WAYS
-    from .launch import ADDED
 
     kind, dtype = next((str(g), t) for t, g in TYPES.items() if spec.dtype == str(t).removeprefix("torch."))
-    pointers = {"words_ptr": "*i32:16", "scales_ptr": "*fp16:16", "zeros_ptr": "*i32:16"}
-    pointers |= {"parts_ptr": "*fp32:16", "K": "i32", "N": "i32", "M": "i32"}
+    signature = {"words_ptr": "*i32:16", "scales_ptr": "*fp16:16", "zeros_ptr": "*i32:16", "parts_ptr": "*fp32:16"}
+    signature |= {"counters_ptr": "*i32:16", "K": "i32", "N": "i32", "M": "i32", "shared": "i32"}
 
     def tile(rows: int, columns: int) -> str:
         return f"tensordesc<{kind}[{rows}, {columns}],{shared_layout(rows, columns, dtype)!r}>"
 
-    adding = {"parts_ptr": "*fp32:16", "y_ptr": _signature(spec.dtype)["out"], "size": "i32"}
-    products = [
+    return [
         TritonSource(
             hopper.product,
-            {"x_desc": tile(way.m, 16 * way.planes), "y_desc": tile(way.m, way.n)} | pointers,
+            {"x_desc": tile(way.m, 16 * way.planes), "y_desc": tile(way.m, way.n)} | signature,
             {
                 "GP": spec.group_size // 16,
                 "NT": way.n,
                 "MT": way.m,
                 "P": way.planes,
-                "SPLIT": split,
+                "SHARED": shared,
                 "STAGES": way.stages,
             },
             {"num_warps": way.warps},
         )
         for way in WAYS
-        for split in (1, 2)
-    ]
-    return products + [
-        TritonSource(kernels.add_parts, adding, {"SPLIT": split, "BLOCK": ADDED, "OVERLAP": True}) for split in (2, 8)
+        for shared in (False, True)
     ]
 
 
