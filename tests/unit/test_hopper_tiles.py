@@ -35,8 +35,8 @@ def test_what_is_chosen_is_near_the_fastest_that_was_measured():
 
 
 @pytest.mark.parametrize("rows", [256, 1000, 5000])
-def test_small_problems_are_left_to_the_plain_kernel_and_large_ones_are_not(rows):
-    assert work_for(65, 128, 896) is None
+def test_few_rows_are_left_to_the_plain_kernel_and_many_are_not(rows):
+    assert work_for(80, 4096, 28672) is None  # half of a tile would be empty
     assert work_for(rows, 4096, 1 << 16) is not None
 
 
