@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -11,6 +13,34 @@ COUNTERS = 1 << 14
 CAPTURE = -1
 
 _counters: dict[tuple[str, int | None, int], torch.Tensor] = {}
+
+
+class Launch:
+    """A kernel with its grid and constants: from the second launch on without Triton's look at every argument.
+
+    Triton compiles a function anew for other types of its arguments, for whole numbers that are 1 or divisible by 16,
+    and for pointers that are. Whoever keeps a ``Launch`` vouches for types and numbers; pointers are looked at here.
+    """
+
+    __slots__ = ("constants", "function", "grid", "kernel", "options", "values")
+
+    def __init__(
+        self, function: Any, grid: tuple[int, ...], constants: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> None:
+        self.function, self.constants, self.options = function, constants, options
+        self.grid = (*grid, 1, 1)[:3]
+        self.values = tuple(constants[name] for name in function.arg_names if name in constants)
+        self.kernel: Any = None  # what Triton has compiled
+
+    def __call__(self, *args: Any) -> None:
+        """Launch with all arguments that are no constants, in order, on the current stream."""
+        aligned = all(arg.data_ptr() % 16 == 0 for arg in args if isinstance(arg, torch.Tensor))
+        if aligned and self.kernel is not None:
+            self.kernel[self.grid](*args, *self.values)
+            return
+        made = self.function[self.grid](*args, **self.constants, **self.options)
+        if aligned and not interpreted():
+            self.kernel = made
 
 
 def interpreted() -> bool:

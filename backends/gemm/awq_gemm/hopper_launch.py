@@ -9,8 +9,8 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from awq_core.api import Weight
-from awq_core.fragments.launch import counters, interpreted, launch_options, multiprocessors
+from awq_core.api import LinearSpec, Weight
+from awq_core.fragments.launch import Launch, counters, interpreted, launch_options, multiprocessors
 
 from . import hopper, launch
 from .hopper_tiles import Work, work_for
@@ -58,7 +58,7 @@ def run(weight: Weight, x: torch.Tensor, work: Work) -> torch.Tensor:
     if work.shared:
         parts = torch.empty(work.programs, way.n, way.m, dtype=torch.float32, device=x.device)
         arrived = counters(x.device)
-    hopper.product[(work.programs,)](
+    _product(spec, t["scales"].dtype, x.device, work)(
         TensorDescriptor.from_tensor(x, [way.m, width], shared_layout(way.m, width, x.dtype)),
         TensorDescriptor.from_tensor(y, [way.m, way.n], shared_layout(way.m, way.n, x.dtype)),
         t["words"],
@@ -70,13 +70,20 @@ def run(weight: Weight, x: torch.Tensor, work: Work) -> torch.Tensor:
         n,
         rows,
         work.shared,
-        GP=spec.group_size // 16,
-        NT=way.n,
-        MT=way.m,
-        P=way.planes,
-        SHARED=work.shared > 0,
-        STAGES=way.stages,
-        num_warps=way.warps,
-        **launch_options(x.device),
     )
     return y
+
+
+@functools.lru_cache(maxsize=4096)
+def _product(spec: LinearSpec, scales: torch.dtype, device: torch.device, work: Work) -> Launch:
+    way = work.way
+    constants = {
+        "GP": spec.group_size // 16,
+        "NT": way.n,
+        "MT": way.m,
+        "P": way.planes,
+        "SHARED": work.shared > 0,
+        "STAGES": way.stages,
+    }
+    options = {"num_warps": way.warps, **launch_options(device)}
+    return Launch(hopper.product, (work.programs,), constants, options)

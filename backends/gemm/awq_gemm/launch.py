@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -9,7 +10,7 @@ import triton
 
 from awq_core.api import LinearSpec, Weight
 from awq_core.fragments import chunk, layout
-from awq_core.fragments.launch import COUNTERS, counters, interpreted, joins, ptx
+from awq_core.fragments.launch import COUNTERS, Launch, counters, interpreted, joins, ptx
 
 from . import kernels
 from .tiles import split_for, tile_for
@@ -18,38 +19,46 @@ from .tiles import split_for, tile_for
 def matmul(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [M, K] to [M, N] on the tensor cores, float32 accumulation; core adds the bias."""
     spec, t = weight.spec, weight.tensors
-    rows, k, n = x.shape[0], spec.in_features, spec.out_features
-    tile = tile_for(rows, k, n, joins(x.device) and spec.group_size % 128 == 0)
-    tiles = triton.cdiv(n, tile.n) * triton.cdiv(rows, tile.m)
-    split = split_for(tile, rows, k, n) if tiles <= COUNTERS else 1
+    rows, n = x.shape[0], spec.out_features
+    launch, split = _matmul(spec, t["scales"].dtype, x.device, rows)
     y = x.new_empty(rows, n)
-    parts = torch.empty(split, rows, n, dtype=torch.float32, device=x.device) if split > 1 else y
-    kernels.matmul[(tiles, split)](
+    launch(
         x,
         t["words"],
         t["scales"],
         t["zeros"],
         y,
-        parts,
+        torch.empty(split, rows, n, dtype=torch.float32, device=x.device) if split > 1 else y,
         counters(x.device) if split > 1 else y,
-        k,
+        spec.in_features,
         n,
         rows,
         spec.groups,
-        GP=spec.group_size // 16,
-        CH=chunk(spec.group_size),
-        NT=tile.n,
-        MT=tile.m,
-        SPLIT=split,
-        STAGES=tile.stages,
-        EVEN=k % 128 == 0,
-        FULL=n % tile.n == 0,
-        JOIN=joins(x.device),
-        PTX=ptx(),
-        WIDE=interpreted(),
-        num_warps=tile.warps,
     )
     return y
+
+
+@functools.lru_cache(maxsize=4096)
+def _matmul(spec: LinearSpec, scales: torch.dtype, device: torch.device, rows: int) -> tuple[Launch, int]:
+    """The launch, and into how many parts it splits K."""
+    k, n = spec.in_features, spec.out_features
+    tile = tile_for(rows, k, n, joins(device) and spec.group_size % 128 == 0)
+    tiles = triton.cdiv(n, tile.n) * triton.cdiv(rows, tile.m)
+    split = split_for(tile, rows, k, n) if tiles <= COUNTERS else 1
+    constants = {
+        "GP": spec.group_size // 16,
+        "CH": chunk(spec.group_size),
+        "NT": tile.n,
+        "MT": tile.m,
+        "SPLIT": split,
+        "STAGES": tile.stages,
+        "EVEN": k % 128 == 0,
+        "FULL": n % tile.n == 0,
+        "JOIN": joins(device),
+        "PTX": ptx(),
+        "WIDE": interpreted(),
+    }
+    return Launch(kernels.matmul, (tiles, split), constants, {"num_warps": tile.warps}), split
 
 
 def dequantize(spec: LinearSpec, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 
-from awq_core.api import Normed, Weight
+from awq_core.api import LinearSpec, Normed, Weight
 from awq_core.fragments import chunk
 from awq_core.fragments.launch import (
     COUNTERS,
+    Launch,
     counters,
     interpreted,
     joins,
@@ -121,11 +124,12 @@ def _launch_one(
     if plain:
         return _launch(weight, x, width, silu, bias, other)
     plus = None if normed is None else normed.plus
-    way = way_for(k, n)
     if x.data_ptr() % 16:  # it is read 16 bytes at a time
         x = x.clone()
     y = x.new_empty(1, width)
-    one_kernel.one[(programs_for(way, width, multiprocessors(x.device)),)](
+    norm = None if normed is None else (normed.offset, normed.eps)
+    launch = _one(spec, t["scales"].dtype, x.device, norm, plus is not None, bias is not None, silu, other is not None)
+    launch(
         x,
         x if plus is None else plus,
         x if normed is None else normed.weight,
@@ -138,21 +142,39 @@ def _launch_one(
         y if other is None else other,
         k,
         n,
-        GP=spec.group_size // 16,
-        B=BLOCKS,
-        STEPS=steps_for(k),
-        D=way.depth,
-        NORM=normed is not None,
-        PLUS=plus is not None,
-        OFFSET=normed is not None and normed.offset,
-        EPS=0.0 if normed is None else normed.eps,
-        BIAS=bias is not None,
-        SILU=silu,
-        ADD=other is not None,
-        num_warps=WARPS,
-        **launch_options(x.device),
     )
     return y
+
+
+@functools.cache
+def _one(
+    spec: LinearSpec,
+    scales: torch.dtype,
+    device: torch.device,
+    norm: tuple[bool, float] | None,
+    plus: bool,
+    bias: bool,
+    silu: bool,
+    add: bool,
+) -> Launch:
+    k, width = spec.in_features, spec.out_features // 2 if silu else spec.out_features
+    way = way_for(k, spec.out_features)
+    offset, eps = norm or (False, 0.0)
+    constants = {
+        "GP": spec.group_size // 16,
+        "B": BLOCKS,
+        "STEPS": steps_for(k),
+        "D": way.depth,
+        "NORM": norm is not None,
+        "PLUS": plus,
+        "OFFSET": offset,
+        "EPS": eps,
+        "BIAS": bias,
+        "SILU": silu,
+        "ADD": add,
+    }
+    grid = (programs_for(way, width, multiprocessors(device)),)
+    return Launch(one_kernel.one, grid, constants, {"num_warps": WARPS, **launch_options(device)})
 
 
 def _launch(
@@ -164,14 +186,10 @@ def _launch(
     other: torch.Tensor | None = None,
 ) -> torch.Tensor:
     spec, t = weight.spec, weight.tensors
-    rows, k, n = x.shape[0], spec.in_features, spec.out_features
-    columns, mt, fill = tile_for(rows, n)
-    out = columns // 2 if silu else columns  # columns of y in a tile
-    tiles = triton.cdiv(width, out)
-    split = split_for(columns, fill, k, n) if tiles <= COUNTERS else 1
+    rows, n = x.shape[0], spec.out_features
+    launch, split = _few(spec, t["scales"].dtype, x.device, rows, bias is not None, silu, other is not None)
     y = x.new_empty(rows, width)
-    parts = torch.empty(split, rows, n, dtype=torch.float32, device=x.device) if split > 1 else y
-    kernels.few[(tiles, split)](
+    launch(
         x,
         t["words"],
         t["scales"],
@@ -179,30 +197,43 @@ def _launch(
         y,
         y if bias is None else bias,
         y if other is None else other,
-        parts,
+        torch.empty(split, rows, n, dtype=torch.float32, device=x.device) if split > 1 else y,
         counters(x.device) if split > 1 else y,
-        k,
+        spec.in_features,
         n,
         rows,
         spec.groups,
-        GP=spec.group_size // 16,
-        CH=chunk(spec.group_size),
-        NT=columns,
-        MT=mt,
-        SPLIT=split,
-        STAGES=STAGES,
-        BIAS=bias is not None,
-        SILU=silu,
-        ADD=other is not None,
-        EVEN=k % 128 == 0,
-        FULL=width % out == 0,
-        JOIN=joins(x.device),
-        PTX=ptx(),
-        WIDE=interpreted(),
-        THREADS=32 * WARPS,
-        AHEAD=AHEAD if overlaps(x.device) else 0,
-        num_warps=WARPS,
-        **registers(),
-        **launch_options(x.device),
     )
     return y
+
+
+@functools.cache
+def _few(
+    spec: LinearSpec, scales: torch.dtype, device: torch.device, rows: int, bias: bool, silu: bool, add: bool
+) -> tuple[Launch, int]:
+    """The launch, and into how many parts it splits K."""
+    k, n = spec.in_features, spec.out_features
+    columns, mt, fill = tile_for(rows, n)
+    out, width = (columns // 2, n // 2) if silu else (columns, n)  # columns of y, in a tile and in all
+    tiles = triton.cdiv(width, out)
+    split = split_for(columns, fill, k, n) if tiles <= COUNTERS else 1
+    constants = {
+        "GP": spec.group_size // 16,
+        "CH": chunk(spec.group_size),
+        "NT": columns,
+        "MT": mt,
+        "SPLIT": split,
+        "STAGES": STAGES,
+        "BIAS": bias,
+        "SILU": silu,
+        "ADD": add,
+        "EVEN": k % 128 == 0,
+        "FULL": width % out == 0,
+        "JOIN": joins(device),
+        "PTX": ptx(),
+        "WIDE": interpreted(),
+        "THREADS": 32 * WARPS,
+        "AHEAD": AHEAD if overlaps(device) else 0,
+    }
+    options = {"num_warps": WARPS, **registers(), **launch_options(device)}
+    return Launch(kernels.few, (tiles, split), constants, options), split
