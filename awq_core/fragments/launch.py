@@ -22,7 +22,7 @@ class Launch:
     and for pointers that are. Whoever keeps a ``Launch`` vouches for types and numbers; pointers are looked at here.
     """
 
-    __slots__ = ("constants", "function", "grid", "kernel", "options", "values")
+    __slots__ = ("constants", "function", "grid", "options", "run", "values")
 
     def __init__(
         self, function: Any, grid: tuple[int, ...], constants: Mapping[str, Any], options: Mapping[str, Any]
@@ -30,17 +30,19 @@ class Launch:
         self.function, self.constants, self.options = function, constants, options
         self.grid = (*grid, 1, 1)[:3]
         self.values = tuple(constants[name] for name in function.arg_names if name in constants)
-        self.kernel: Any = None  # what Triton has compiled
+        self.run: Any = None  # what Triton has compiled, with its grid
 
-    def __call__(self, *args: Any) -> None:
-        """Launch with all arguments that are no constants, in order, on the current stream."""
-        aligned = all(arg.data_ptr() % 16 == 0 for arg in args if isinstance(arg, torch.Tensor))
-        if aligned and self.kernel is not None:
-            self.kernel[self.grid](*args, *self.values)
+    def __call__(self, tensors: tuple[torch.Tensor, ...], *others: Any) -> None:
+        """Launch on the current stream with all arguments that are no constants, in order, tensors first."""
+        places = 0
+        for tensor in tensors:
+            places |= tensor.data_ptr()
+        if places % 16 == 0 and self.run is not None:
+            self.run(*tensors, *others, *self.values)
             return
-        made = self.function[self.grid](*args, **self.constants, **self.options)
-        if aligned and not interpreted():
-            self.kernel = made
+        compiled = self.function[self.grid](*tensors, *others, **self.constants, **self.options)
+        if places % 16 == 0 and not interpreted():
+            self.run = compiled[self.grid]
 
 
 def interpreted() -> bool:

@@ -1,4 +1,4 @@
-"""The epilogues of ``gemv.few`` in Triton's interpreter, which must be chosen before Triton is imported."""
+"""Epilogues of ``gemv`` in Triton's interpreter, which must be chosen before Triton is imported."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 CODE = """
 import torch
-from awq_core.api import Weight
+from awq_core.api import Normed, Weight
 from awq_core.layouts import checkpoint_layout, dequantize
 from awq_core.selection import select
 from awq_core.spec import Device, LinearSpec
@@ -46,6 +46,17 @@ for dtype, limit in (("float16", 2e-3), ("bfloat16", 2e-2)):
         near(launch.few(made, x, bias), y + bias.double(), limit)
         near(launch.add(made, x, other), y + other.double(), limit)
         near(launch.silu_mul(made, x), torch.nn.functional.silu(y[:, : n // 2]) * y[:, n // 2 :], limit)
+    # What ``gemv.one`` does where its own kernel cannot run.
+    made, exact = weight(256, 352, dtype, 128)
+    x, plus, w, bias, out = draw(1, 256), draw(1, 256), draw(256), draw(352), torch.empty(1, 256, dtype=kind)
+    for offset in (False, True):
+        stream = (x + plus).double()
+        row = stream * torch.rsqrt(stream.square().mean() + 1e-5) * (w.double() + offset)
+        normed = Normed(x, plus, w, 1e-5, offset, out)
+        near(launch.one_norm(made, normed, bias), row @ exact + bias.double(), 2 * limit)
+        gate, up = (row @ exact).split(176, 1)
+        near(launch.one_norm_silu_mul(made, normed), torch.nn.functional.silu(gate) * up, 2 * limit)
+        assert torch.equal(out, x + plus)
     assert not launch.counters(x.device).any()
 print("done")
 """

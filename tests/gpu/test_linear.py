@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 
 from torch.nn import functional
 
-from awq_core.api import Weight
+from awq_core.api import Normed, Weight
 from awq_core.layouts import checkpoint_layout, dequantize
 from awq_core.linear import AwqLinear
 from awq_core.spec import LinearSpec
@@ -141,6 +141,47 @@ def test_inductor_compiles_it_whole() -> None:
         for m in (1, 5, 17, 300):
             x = drawn(m, 1024)
             assert error(compiled(x), block(x).double()) < 1e-3, m
+
+
+def test_longer_prompts_compile_nothing() -> None:
+    from awq_gemm import hopper
+
+    linear, _ = made(1024, 1536, 128)
+    compiled = len(hopper.product.device_caches[torch.cuda.current_device()][0])
+    for m in (65, 130, 300, 700, 1500, 3000, 5000):
+        linear(drawn(m, 1024))
+    assert len(hopper.product.device_caches[torch.cuda.current_device()][0]) == compiled
+
+
+def test_inputs_at_any_place_in_memory() -> None:
+    linear, _ = made(1024, 1536, 128)
+    for m in (1, 2, 8, 40, 300):
+        x = drawn(m, 1024)
+        whole = linear(x)
+        for shift in (1, 2, 8, 0):
+            moved = torch.empty(x.numel() + shift, dtype=x.dtype, device="cuda")[shift:].view_as(x).copy_(x)
+            assert torch.equal(linear(moved), whole), (m, shift)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_linear_makes_its_row_from_the_residual_stream(dtype: torch.dtype) -> None:
+    for k, n, group in ((1024, 1536, 128), (4096, 6144, 128), (8192, 1024, 128), (9216, 1024, 128)):
+        linear, exact = made(k, n, group, dtype, bias=True)
+        state = linear.weight_state
+        plan = state.plan
+        assert plan is not None
+        weight, forms = Weight(plan.spec, plan.resident, state.tensors()), plan.kernel(1).epilogues
+        x, y, w = drawn(1, k, dtype, 1), drawn(1, k, dtype, 2), drawn(1, k, dtype, 3)[0]
+        for plus, offset in ((None, False), (y, False), (y, True)):
+            out = torch.full_like(x, float("nan"))
+            row = Normed(x, plus, w, 1e-5, offset, out)
+            stream = x if plus is None else x + plus
+            wide = stream.double() * torch.rsqrt(stream.double().square().mean() + 1e-5)
+            exact_y = (wide * (w.double() + offset)) @ exact
+            assert error(forms["norm"](weight, row, linear.bias), exact_y + linear.bias.double()) < LIMIT[dtype]
+            assert plus is None or torch.equal(out, stream)
+            gated = functional.silu(exact_y[:, : n // 2]) * exact_y[:, n // 2 :]
+            assert error(forms["norm_silu_mul"](weight, row), gated) < 2 * LIMIT[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

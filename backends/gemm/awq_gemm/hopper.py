@@ -259,13 +259,13 @@ def write(y_desc, ys, acc, m_tile, first, MT: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["M", "shared"])
 def product(
-    x_desc,  # [M, K]
-    y_desc,  # [M, N]
     words_ptr,
     scales_ptr,
     zeros_ptr,
     parts_ptr,  # [programs, NT, MT] float32; not written unless SHARED
     counters_ptr,  # one for each shared tile, 0 before and after
+    x_desc,  # [M, K]
+    y_desc,  # [M, N]
     K,
     N,
     M,

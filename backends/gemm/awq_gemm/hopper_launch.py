@@ -13,7 +13,7 @@ from awq_core.api import LinearSpec, Weight
 from awq_core.fragments.launch import Launch, counters, interpreted, launch_options, multiprocessors
 
 from . import hopper, launch
-from .hopper_tiles import Work, work_for
+from .hopper_tiles import WAYS, Work, tiles_of, work_for
 
 TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
@@ -38,11 +38,32 @@ def enter(device: torch.device) -> None:
 def product(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [M, K] to [M, N], float32 accumulation; core adds the bias."""
     spec = weight.spec
-    # Triton's interpreter does not know Gluon.
-    found = (
-        None if interpreted() else work_for(x.shape[0], spec.in_features, spec.out_features, multiprocessors(x.device))
-    )
+    if interpreted():  # Triton's interpreter does not know Gluon
+        return launch.matmul(weight, x, bias)
+    _compile(weight, x)
+    found = work_for(x.shape[0], spec.in_features, spec.out_features, multiprocessors(x.device))
     return launch.matmul(weight, x, bias) if found is None else run(weight, x, found)
+
+
+_compiled: set[tuple[object, ...]] = set()
+
+
+def _compile(weight: Weight, x: torch.Tensor) -> None:
+    """Run once in every way, so that the first prompt of another length need not wait for a compiler.
+
+    Binding a weight comes here first; what differs only in K and N shares what Triton has compiled.
+    """
+    spec, n = weight.spec, weight.spec.out_features
+    scales = weight.tensors["scales"].dtype
+    key = (spec.group_size, spec.dtype, scales, x.device, spec.in_features % 16, n % 16)
+    if key in _compiled or torch.cuda.is_current_stream_capturing():
+        return
+    _compiled.add(key)
+    for way in WAYS:
+        tiles = tiles_of(way, x.shape[0], n)
+        programs = min(tiles, multiprocessors(x.device))
+        for shared in (0, tiles):
+            run(weight, x, Work(way, programs, shared))
 
 
 def run(weight: Weight, x: torch.Tensor, work: Work) -> torch.Tensor:
@@ -59,13 +80,9 @@ def run(weight: Weight, x: torch.Tensor, work: Work) -> torch.Tensor:
         parts = torch.empty(work.programs, way.n, way.m, dtype=torch.float32, device=x.device)
         arrived = counters(x.device)
     _product(spec, t["scales"].dtype, x.device, work)(
+        (t["words"], t["scales"], t["zeros"], parts, arrived),
         TensorDescriptor.from_tensor(x, [way.m, width], shared_layout(way.m, width, x.dtype)),
         TensorDescriptor.from_tensor(y, [way.m, way.n], shared_layout(way.m, way.n, x.dtype)),
-        t["words"],
-        t["scales"],
-        t["zeros"],
-        parts,
-        arrived,
         k,
         n,
         rows,

@@ -6,6 +6,7 @@ shape and rows that the numbers come from.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -97,6 +98,7 @@ def plain_time(rows: int, in_features: int, out_features: int) -> float:
     return 5.5 + 0.11 * -(-in_features // 128) + 2.0 * rows * in_features * out_features / 500e6
 
 
+@functools.lru_cache(maxsize=4096)
 def work_for(rows: int, in_features: int, out_features: int, multiprocessors: int = MULTIPROCESSORS) -> Work | None:
     """The fastest; None: ``kernels.matmul`` is faster."""
     best, chosen = plain_time(rows, in_features, out_features), None

@@ -23,13 +23,15 @@ def matmul(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.
     launch, split = _matmul(spec, t["scales"].dtype, x.device, rows)
     y = x.new_empty(rows, n)
     launch(
-        x,
-        t["words"],
-        t["scales"],
-        t["zeros"],
-        y,
-        torch.empty(split, rows, n, dtype=torch.float32, device=x.device) if split > 1 else y,
-        counters(x.device) if split > 1 else y,
+        (
+            x,
+            t["words"],
+            t["scales"],
+            t["zeros"],
+            y,
+            torch.empty(split, rows, n, dtype=torch.float32, device=x.device) if split > 1 else y,
+            counters(x.device) if split > 1 else y,
+        ),
         spec.in_features,
         n,
         rows,

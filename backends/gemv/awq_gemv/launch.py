@@ -130,16 +130,18 @@ def _launch_one(
     norm = None if normed is None else (normed.offset, normed.eps)
     launch = _one(spec, t["scales"].dtype, x.device, norm, plus is not None, bias is not None, silu, other is not None)
     launch(
-        x,
-        x if plus is None else plus,
-        x if normed is None else normed.weight,
-        x if normed is None else normed.out,
-        t["words"],
-        t["scales"],
-        t["zeros"],
-        y,
-        y if bias is None else bias,
-        y if other is None else other,
+        (
+            x,
+            x if plus is None else plus,
+            x if normed is None else normed.weight,
+            x if normed is None else normed.out,
+            t["words"],
+            t["scales"],
+            t["zeros"],
+            y,
+            y if bias is None else bias,
+            y if other is None else other,
+        ),
         k,
         n,
     )
@@ -190,15 +192,17 @@ def _launch(
     launch, split = _few(spec, t["scales"].dtype, x.device, rows, bias is not None, silu, other is not None)
     y = x.new_empty(rows, width)
     launch(
-        x,
-        t["words"],
-        t["scales"],
-        t["zeros"],
-        y,
-        y if bias is None else bias,
-        y if other is None else other,
-        torch.empty(split, rows, n, dtype=torch.float32, device=x.device) if split > 1 else y,
-        counters(x.device) if split > 1 else y,
+        (
+            x,
+            t["words"],
+            t["scales"],
+            t["zeros"],
+            y,
+            y if bias is None else bias,
+            y if other is None else other,
+            torch.empty(split, rows, n, dtype=torch.float32, device=x.device) if split > 1 else y,
+            counters(x.device) if split > 1 else y,
+        ),
         spec.in_features,
         n,
         rows,
