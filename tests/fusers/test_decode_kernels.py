@@ -208,6 +208,40 @@ for family, more in (("Qwen3", {}), ("Gemma2", {"sliding_window": 6})):
 print("done")
 """
 
+NORMED = """
+import torch
+import transformers
+from awq_fusers import decode
+from awq_fusers.decode import gpu_step, graph, launch, linears, session
+from awq_gemv.launch import _norm
+
+launch.PROGRAMS = 4
+seen = []
+
+def normed_linears(decoder):
+    def of(function):
+        def call(row):
+            seen.append(row.plus is not None)
+            return function(_norm(row))
+        return call
+    return [(of(linears.joined(a.attention.qkv, 1)), of(gpu_step.gated_up(a.mlp, 1))) for a in decoder.layers]
+
+gpu_step.normed_linears = normed_linears
+session.make_step = lambda decoder, storage: graph.GraphedStep(decoder, storage, capture=False)
+sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+sizes |= dict(num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=None)
+torch.manual_seed(0)
+model = transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(**sizes), dtype=torch.float32).eval()
+for weight in model.parameters():
+    weight.data.mul_(6 if weight.dim() > 1 else 1)
+ids = torch.randint(1, 64, (1, 7))
+plain = model.generate(ids, max_new_tokens=6, do_sample=False)
+decode.install(model)
+assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), plain)
+assert seen[:6] == [False] + [True] * 5 and len(seen) % 6 == 0, seen
+print("done")
+"""
+
 COMPILE = """
 import sys
 from awq_fusers.decode.sources import sources
@@ -248,6 +282,10 @@ def test_the_other_kernels_are_right_in_the_interpreter() -> None:
 
 def test_generate_over_the_kernels_in_the_interpreter() -> None:
     assert "done" in run(WHOLE, interpret=True)
+
+
+def test_linears_that_take_the_norm_in() -> None:
+    assert "done" in run(NORMED, interpret=True)
 
 
 @pytest.mark.parametrize("arch", ["cuda:sm80", "cuda:sm90", "hip:gfx942"])
