@@ -98,14 +98,18 @@ def normed_linears(decoder: Decoder) -> list[Pair] | None:
     """qkv and gate-up of each layer as kernels that take their norm in; None unless all layers have both."""
     found = []
     for layer in decoder.layers:
-        mlp = layer.mlp
-        plain = layer.after_attention is None and layer.after_mlp is None and mlp.activation == "silu"
+        plain = layer.after_attention is None and layer.after_mlp is None and _gates_by_silu(layer.mlp)
         qkv = normed(layer.attention.qkv) if plain else None
-        gated_up = epilogue(mlp.gate_up, 1, "norm_silu_mul") if getattr(mlp.down, "in_features", 1) % 16 == 0 else None
-        if qkv is None or gated_up is None:
+        gate_up = epilogue(layer.mlp.gate_up, 1, "norm_silu_mul") if plain else None
+        if qkv is None or gate_up is None:
             return None
-        found.append((qkv, gated_up))
+        found.append((qkv, gate_up))
     return found
+
+
+def _gates_by_silu(mlp: Mlp) -> bool:
+    """Whether a linear's kernel can apply the activation: tiles of gate and up are 16 columns each."""
+    return mlp.activation == "silu" and getattr(mlp.down, "in_features", 1) % 16 == 0
 
 
 def linears(layer: Layer, rows: int) -> tuple[Rows, Rows, Rows, Rows]:
@@ -116,8 +120,7 @@ def linears(layer: Layer, rows: int) -> tuple[Rows, Rows, Rows, Rows]:
 
 def gated_up(mlp: Mlp, rows: int) -> Rows:
     """x [M, K] to ``activation(x gate) * (x up)`` [M, I]: in one kernel where there is one."""
-    fits = mlp.activation == "silu" and getattr(mlp.down, "in_features", 1) % 16 == 0
-    whole = epilogue(mlp.gate_up, rows, "silu_mul") if fits else None
+    whole = epilogue(mlp.gate_up, rows, "silu_mul") if _gates_by_silu(mlp) else None
     if whole is not None:
         return whole
     gate_up = joined(mlp.gate_up, rows)
