@@ -143,18 +143,30 @@ def test_jobs_cover_the_bands_of_a_plan():
 
 
 @pytest.mark.parametrize(
-    ("backend", "device"), [("exllama", "cuda:sm90"), ("rocm", "hip:gfx942"), ("rocm", "hip:gfx1100")]
+    ("backend", "device"),
+    [
+        ("exllama", "cuda:sm90"),
+        ("rocm", "hip:gfx942"),
+        ("rocm", "hip:gfx1100"),
+        ("gemm", "cuda:sm86"),
+        ("gemv", "cuda:sm90"),
+    ],
 )
 def test_configs_are_plain_data_that_the_kernel_takes(backend, device):
     spec = replace(SPEC, device=Device.parse(device))
+    checked = 0
     for kernel in registry().backend(backend).kernels:
         if kernel.tunables is nothing_to_tune:
             continue
-        tile = type(__import__(f"awq_{backend}.tiles", fromlist=["default"]).default(spec, 16))
+        tiles = __import__(f"awq_{backend}.tiles", fromlist=["default"])
+        tile = type(tiles.default(spec, 16)) if hasattr(tiles, "default") else tiles.Tile
         for rows in (1, 16, 50):
             configs = kernel.tunables(spec, rows)
             assert 1 < len(configs) == len({tuple(config.items()) for config in configs})
-            assert all(json.loads(json.dumps(config)) == config and tile(**config) for config in configs)
+            assert all(json.loads(json.dumps(config)) == config for config in configs)
+            assert all((tiles.Way if kernel.name == "one" else tile)(**config) for config in configs)
+            checked += 1
+    assert checked
 
 
 def test_the_command_needs_a_gpu():

@@ -8,19 +8,20 @@ from collections.abc import Mapping
 import torch
 import triton
 
-from awq_core.api import LinearSpec, Weight
+from awq_core.api import LinearSpec, Weight, tuned
 from awq_core.fragments import chunk, layout
 from awq_core.fragments.launch import COUNTERS, Launch, counters, interpreted, joins, ptx
 
 from . import kernels
-from .tiles import split_for, tile_for
+from .tiles import Tile, split_for, tile_for
 
 
 def matmul(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [M, K] to [M, N] on the tensor cores, float32 accumulation; core adds the bias."""
     spec, t = weight.spec, weight.tensors
     rows, n = x.shape[0], spec.out_features
-    launch, split = _matmul(spec, t["scales"].dtype, x.device, rows)
+    config = tuned("gemm.tiles", spec, rows, x.device)
+    launch, split = _matmul(spec, t["scales"].dtype, x.device, rows, None if config is None else Tile(**config))
     y = x.new_empty(rows, n)
     launch(
         (
@@ -41,10 +42,12 @@ def matmul(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.
 
 
 @functools.lru_cache(maxsize=4096)
-def _matmul(spec: LinearSpec, scales: torch.dtype, device: torch.device, rows: int) -> tuple[Launch, int]:
+def _matmul(
+    spec: LinearSpec, scales: torch.dtype, device: torch.device, rows: int, tile: Tile | None
+) -> tuple[Launch, int]:
     """The launch, and into how many parts it splits K."""
     k, n = spec.in_features, spec.out_features
-    tile = tile_for(rows, k, n, joins(device) and spec.group_size % 128 == 0)
+    tile = tile or tile_for(rows, k, n, joins(device) and spec.group_size % 128 == 0)
     tiles = triton.cdiv(n, tile.n) * triton.cdiv(rows, tile.m)
     split = split_for(tile, rows, k, n) if tiles <= COUNTERS else 1
     constants = {

@@ -150,6 +150,7 @@ BACKEND = Backend(
             capabilities=(_record(Rows(1, MOST_TILED), 220), _record(Rows(MOST_TILED + 1), 205)),
             apply=lazy("awq_gemm.launch:matmul"),
             sources=_matmul_sources,
+            tunables=lazy("awq_gemm.tiles:candidates"),
         ),
         Kernel(
             name="hopper",

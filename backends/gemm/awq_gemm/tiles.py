@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
+from awq_core.api import LinearSpec
 
 WIDE, DEEP = 16384, 8192  # columns, and k, from which the first and the last rule hold
 
@@ -19,7 +21,7 @@ class Tile:
 
 
 def tile_for(rows: int, in_features: int, out_features: int, roomy: bool) -> Tile:
-    """The tile for M rows of this linear; ``roomy``: registers hold large tiles of sums (whole groups, on sm90)."""
+    """The tile for M rows where nothing was measured; ``roomy``: registers hold large tiles of sums (on sm90)."""
     wide, deep = out_features >= WIDE, in_features >= DEEP
     if rows == 1:
         return Tile(8, 128, 256)
@@ -36,6 +38,15 @@ def tiles(roomy: bool) -> set[Tile]:
     """Every tile that ``tile_for`` may name."""
     rows, k, n = (1, 8, 16, 32, 64, 128), (DEEP, DEEP - 1), (WIDE, WIDE - 1)
     return {tile_for(m, i, o, roomy) for m in rows for i in k for o in n}
+
+
+def candidates(spec: LinearSpec, rows: int) -> list[dict[str, int]]:
+    """What ``awq tune`` tries beside it, as the fields of a Tile."""
+    m = next((size for size in (8, 16, 32) if rows <= size), 64)
+    shapes = ((64, 4), (128, 8)) if m == 64 else ((64, 4), (128, 4), (128, 8))  # four warps cannot hold 64 x 128 sums
+    return [
+        asdict(Tile(m, n, fill, warps, stages)) for n, warps in shapes for fill in (1, 192, 384) for stages in (2, 3, 4)
+    ]
 
 
 def split_for(tile: Tile, rows: int, in_features: int, out_features: int) -> int:

@@ -7,7 +7,7 @@ import functools
 import torch
 import triton
 
-from awq_core.api import LinearSpec, Normed, Weight
+from awq_core.api import LinearSpec, Normed, Weight, tuned
 from awq_core.fragments import chunk
 from awq_core.fragments.launch import (
     COUNTERS,
@@ -28,8 +28,9 @@ from .tiles import (
     BLOCKS,
     MOST_NORMED,
     REGISTERS,
-    STAGES,
     WARPS,
+    Tile,
+    Way,
     programs_for,
     split_for,
     steps_for,
@@ -128,7 +129,10 @@ def _launch_one(
         x = x.clone()
     y = x.new_empty(1, width)
     norm = None if normed is None else (normed.offset, normed.eps)
-    launch = _one(spec, t["scales"].dtype, x.device, norm, plus is not None, bias is not None, silu, other is not None)
+    config = tuned("gemv.one", spec, 1, x.device)
+    way = way_for(k, n) if config is None else Way(**config)
+    forms = (norm, plus is not None, bias is not None, silu, other is not None)
+    launch = _one(spec, t["scales"].dtype, x.device, way, *forms)
     launch(
         (
             x,
@@ -153,6 +157,7 @@ def _one(
     spec: LinearSpec,
     scales: torch.dtype,
     device: torch.device,
+    way: Way,
     norm: tuple[bool, float] | None,
     plus: bool,
     bias: bool,
@@ -160,7 +165,6 @@ def _one(
     add: bool,
 ) -> Launch:
     k, width = spec.in_features, spec.out_features // 2 if silu else spec.out_features
-    way = way_for(k, spec.out_features)
     offset, eps = norm or (False, 0.0)
     constants = {
         "GP": spec.group_size // 16,
@@ -189,7 +193,10 @@ def _launch(
 ) -> torch.Tensor:
     spec, t = weight.spec, weight.tensors
     rows, n = x.shape[0], spec.out_features
-    launch, split = _few(spec, t["scales"].dtype, x.device, rows, bias is not None, silu, other is not None)
+    config = tuned("gemv.few", spec, rows, x.device)
+    tile = tile_for(rows, n) if config is None else Tile(**config)
+    forms = (bias is not None, silu, other is not None)
+    launch, split = _few(spec, t["scales"].dtype, x.device, rows, tile, *forms)
     y = x.new_empty(rows, width)
     launch(
         (
@@ -213,21 +220,27 @@ def _launch(
 
 @functools.cache
 def _few(
-    spec: LinearSpec, scales: torch.dtype, device: torch.device, rows: int, bias: bool, silu: bool, add: bool
+    spec: LinearSpec,
+    scales: torch.dtype,
+    device: torch.device,
+    rows: int,
+    tile: Tile,
+    bias: bool,
+    silu: bool,
+    add: bool,
 ) -> tuple[Launch, int]:
     """The launch, and into how many parts it splits K."""
     k, n = spec.in_features, spec.out_features
-    columns, mt, fill = tile_for(rows, n)
-    out, width = (columns // 2, n // 2) if silu else (columns, n)  # columns of y, in a tile and in all
+    out, width = (tile.columns // 2, n // 2) if silu else (tile.columns, n)  # columns of y, in a tile and in all
     tiles = triton.cdiv(width, out)
-    split = split_for(columns, fill, k, n) if tiles <= COUNTERS else 1
+    split = split_for(tile, k, n) if tiles <= COUNTERS else 1
     constants = {
         "GP": spec.group_size // 16,
         "CH": chunk(spec.group_size),
-        "NT": columns,
-        "MT": mt,
+        "NT": tile.columns,
+        "MT": tile.rows,
         "SPLIT": split,
-        "STAGES": STAGES,
+        "STAGES": tile.stages,
         "BIAS": bias,
         "SILU": silu,
         "ADD": add,
@@ -236,8 +249,8 @@ def _few(
         "JOIN": joins(device),
         "PTX": ptx(),
         "WIDE": interpreted(),
-        "THREADS": 32 * WARPS,
+        "THREADS": 32 * tile.warps,
         "AHEAD": AHEAD if overlaps(device) else 0,
     }
-    options = {"num_warps": WARPS, **registers(), **launch_options(device)}
+    options = {"num_warps": tile.warps, **registers(), **launch_options(device)}
     return Launch(kernels.few, (tiles, split), constants, options), split

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
+from awq_core.api import LinearSpec
 
 MOST_ROWS = 16
 WARPS, STAGES = 4, 3
@@ -11,21 +13,42 @@ AHEAD = 1  # blocks of 128 k that a program fetches before the kernel before has
 WIDE = 16384  # columns from which a tile is wider
 
 
-def tile_for(rows: int, out_features: int) -> tuple[int, int, int]:
-    """Columns and rows of a tile, and the number of programs that splitting K aims at."""
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A tile of y^T: ``rows`` of x by ``columns``; ``fill`` is the number of programs that splitting K aims at."""
+
+    columns: int
+    rows: int
+    fill: int
+    stages: int = STAGES
+    warps: int = WARPS
+
+
+def tile_for(rows: int, out_features: int) -> Tile:
+    """The tile for M rows where nothing was measured."""
     if rows == 1:
-        return 128, 8, 256
+        return Tile(128, 8, 256)
     if rows <= 8 and out_features >= WIDE:
-        return 128, 16, 256
-    return 64, 16, 384
+        return Tile(128, 16, 256)
+    return Tile(64, 16, 384)
 
 
-def split_for(columns: int, fill: int, in_features: int, out_features: int) -> int:
+def candidates(spec: LinearSpec, rows: int) -> list[dict[str, int]]:
+    """What ``awq tune`` tries beside it, as the fields of a Tile."""
+    return [
+        asdict(Tile(columns, 8 if rows <= 8 else 16, fill, stages, warps))
+        for columns, warps in ((64, 4), (128, 4), (128, 8))
+        for fill in (1, 192, 384)
+        for stages in (2, 3, 4)
+    ]
+
+
+def split_for(tile: Tile, in_features: int, out_features: int) -> int:
     """Into how many parts (a power of 2, at most 8) K is split, so that few columns still fill the device."""
-    tiles = -(-out_features // columns)
+    tiles = -(-out_features // tile.columns)
     blocks = -(-in_features // 128)
     split = 1
-    while split < 8 and tiles * split < fill and split * 2 <= blocks:
+    while split < 8 and tiles * split < tile.fill and split * 2 <= blocks:
         split *= 2
     return split
 
@@ -51,10 +74,15 @@ def steps_for(in_features: int) -> int:
 
 
 def way_for(in_features: int, out_features: int) -> Way:
-    """How the kernel for one row runs."""
+    """How the kernel for one row runs where nothing was measured."""
     if in_features * out_features <= SMALL:
         return Way(1, 6)
     return Way(2, 4) if in_features <= 20480 else Way(1, 4)
+
+
+def ways(spec: LinearSpec, rows: int) -> list[dict[str, int]]:
+    """What ``awq tune`` tries beside it, as the fields of a Way."""
+    return [asdict(Way(programs, depth)) for programs, depth in ((1, 4), (1, 6), (1, 8), (2, 3), (2, 4), (3, 3))]
 
 
 def programs_for(way: Way, width: int, multiprocessors: int) -> int:
