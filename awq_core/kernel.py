@@ -96,7 +96,9 @@ class Normed:
     """A row that a linear is to make itself: the RMSNorm of the residual stream, all in one dtype.
 
     ``x`` [1, K] is the stream; ``plus`` [1, K], where it is given, is added to it first, and ``out`` [1, K], which is
-    neither of the two, receives the sum. ``offset``: the factor is ``1 + weight`` and rounding comes last (Gemma).
+    neither of the two, receives the sum. ``offset``: the factor is ``1 + weight`` and rounding comes last (Gemma). A
+    kernel may read the norm's weight, and its own, before the kernel in front of it has ended: that one must not write
+    them.
     """
 
     x: torch.Tensor
@@ -120,7 +122,7 @@ class Kernel:
     back from ``awq_core.api.tuned("backend.kernel", spec, rows, x.device)``.
     ``epilogues`` are variants for fused blocks, by name, for linears without bias and M in ``capabilities``:
     ``silu_mul(weight, x)``, N a multiple of 32, gives ``silu(y[:, :N/2]) * y[:, N/2:]``, and ``add(weight, x, other)``
-    gives ``y + other``. For M = 1, with or without bias: ``norm(weight, normed, bias)`` and
+    gives ``y + other``. For M = 1: ``norm(weight, normed, bias)``, with or without a bias, and
     ``norm_silu_mul(weight, normed)`` multiply a ``Normed`` row.
     """
 

@@ -21,7 +21,7 @@ from .tuning import representatives
 
 DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
 
-_warmed: set[str] = set()
+_warmed: set[tuple[object, ...]] = set()
 
 
 class PackedWeight:
@@ -149,7 +149,10 @@ class PackedWeight:
     def _warm(self) -> None:
         """Run the plan on a GPU at each size that it tells apart, so that nothing compiles under a graph capture."""
         assert self.plan is not None
-        if self.device().type == "cpu" or self.key in _warmed:
+        if self.device().type == "cpu":
+            return
+        known = (self.key, self.device(), *(tensor.dtype for tensor in self.tensors().values()))
+        if known in _warmed:
             return
         tensors = {n: t[0] for n, t in self.tensors().items()} if self.spec.experts else self.tensors()
         weight = Weight(self.plan.spec, self.plan.resident, tensors)
@@ -159,7 +162,7 @@ class PackedWeight:
             for rows in representatives(band.rows.first, band.rows.last):
                 x = torch.zeros(rows, self.spec.in_features, dtype=dtype, device=self.device())
                 apply_plan(self.plan, weight, x, bias)
-        _warmed.add(self.key)
+        _warmed.add(known)
 
 
 class PackedModule(nn.Module):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ import torch
 COUNTERS = 1 << 14
 CAPTURE = -1
 
+_captures = threading.local()
 _counters: dict[tuple[str, int | None, int], torch.Tensor] = {}
 
 
@@ -19,10 +22,11 @@ class Launch:
     """A kernel with its grid and constants: from the second launch on without Triton's look at every argument.
 
     Triton compiles a function anew for other types of its arguments, for whole numbers that are 1 or divisible by 16,
-    and for pointers that are. Whoever keeps a ``Launch`` vouches for types and numbers; pointers are looked at here.
+    and for pointers that are. Whoever keeps a ``Launch`` vouches for the numbers, and keeps one for each device;
+    tensors are looked at here.
     """
 
-    __slots__ = ("constants", "function", "grid", "options", "run", "values")
+    __slots__ = ("constants", "dtypes", "function", "grid", "options", "run", "values")
 
     def __init__(
         self, function: Any, grid: tuple[int, ...], constants: Mapping[str, Any], options: Mapping[str, Any]
@@ -30,19 +34,26 @@ class Launch:
         self.function, self.constants, self.options = function, constants, options
         self.grid = (*grid, 1, 1)[:3]
         self.values = tuple(constants[name] for name in function.arg_names if name in constants)
+        self.dtypes: list[torch.dtype] = []
         self.run: Any = None  # what Triton has compiled, with its grid
 
     def __call__(self, tensors: tuple[torch.Tensor, ...], *others: Any) -> None:
-        """Launch on the current stream with all arguments that are no constants, in order, tensors first."""
+        """Launch with all arguments that are no constants, in order, tensors first, on the device where they lie."""
+        device = tensors[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):  # Triton compiles for the current device, and launches on its stream
+                self(tensors, *others)
+            return
         places = 0
         for tensor in tensors:
             places |= tensor.data_ptr()
-        if places % 16 == 0 and self.run is not None:
+        dtypes = [tensor.dtype for tensor in tensors]
+        if places % 16 == 0 and dtypes == self.dtypes:
             self.run(*tensors, *others, *self.values)
             return
         compiled = self.function[self.grid](*tensors, *others, **self.constants, **self.options)
         if places % 16 == 0 and not interpreted():
-            self.run = compiled[self.grid]
+            self.run, self.dtypes = compiled[self.grid], dtypes
 
 
 def interpreted() -> bool:
@@ -78,13 +89,27 @@ def launch_options(device: torch.device) -> dict[str, bool]:
     return {"launch_pdl": True} if overlaps(device) else {}
 
 
+@contextlib.contextmanager
+def own_counters(device: torch.device) -> Iterator[torch.Tensor]:
+    """Counters for what is captured inside, in this thread, alone: to be kept as long as the graph."""
+    _captures.own = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    try:
+        yield _captures.own
+    finally:
+        del _captures.own
+
+
 def counters(device: torch.device) -> torch.Tensor:
     """Zeros in which the parts of a tile count themselves; every kernel leaves them at zero.
 
     One buffer a stream, since kernels of one stream follow each other, and one for graph captures, which must not
-    allocate it themselves. So two graphs must not be replayed at the same time on two streams.
+    allocate it themselves. So two graphs must not be replayed at the same time on two streams, unless they were
+    captured under ``own_counters``.
     """
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    own: torch.Tensor | None = getattr(_captures, "own", None)
+    if capturing and own is not None and own.device == device:
+        return own
     stream = CAPTURE if capturing or device.type != "cuda" else torch.cuda.current_stream(device).cuda_stream
     found = _counters.get((device.type, device.index, stream))
     if found is None:

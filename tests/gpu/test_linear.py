@@ -144,13 +144,18 @@ def test_inductor_compiles_it_whole() -> None:
 
 
 def test_longer_prompts_compile_nothing() -> None:
-    from awq_gemm import hopper
+    from awq_gemm import hopper, kernels
 
-    linear, _ = made(1024, 1536, 128)
-    compiled = len(hopper.product.device_caches[torch.cuda.current_device()][0])
-    for m in (65, 130, 300, 700, 1500, 3000, 5000):
-        linear(drawn(m, 1024))
-    assert len(hopper.product.device_caches[torch.cuda.current_device()][0]) == compiled
+    def compiled() -> list[int]:
+        device = torch.cuda.current_device()
+        return [len(function.device_caches[device][0]) for function in (hopper.product, kernels.matmul)]
+
+    for k, n in ((1024, 1536), (4096, 6144)):
+        linear, _ = made(k, n, 128)
+        before = compiled()
+        for m in (65, 80, 100, 129, 144, 160, 200, 257, 272, 300, 350, 500, 700, 1500, 3000, 5000):
+            linear(drawn(m, k))
+        assert compiled() == before, (k, n)
 
 
 def test_inputs_at_any_place_in_memory() -> None:

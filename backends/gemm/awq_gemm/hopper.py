@@ -163,7 +163,10 @@ def share_of(place, shared, blocks):
 
 @gluon.jit
 def my_place():
-    """The share of this program: what it may wait for is then done by programs that began before it."""
+    """The share of this program: what it may wait for is then done by programs that began before it.
+
+    This takes for granted that programs begin in the order of their numbers, where not all of them fit at once.
+    """
     return gl.num_programs(0) - 1 - gl.program_id(0)
 
 

@@ -10,11 +10,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from awq_core.api import LinearSpec, Weight
-from awq_core.fragments.launch import Launch, counters, interpreted, launch_options, multiprocessors
+from awq_core.fragments.launch import COUNTERS, Launch, counters, interpreted, launch_options, multiprocessors
 
 from . import hopper, launch
 from .hopper_tiles import WAYS, Work, tiles_of, work_for
 
+FEWEST, MOST_LEFT = 65, 513  # rows between which ``work_for`` leaves some problems to the plain kernel
 TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
@@ -41,7 +42,7 @@ def product(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch
     if interpreted():  # Triton's interpreter does not know Gluon
         return launch.matmul(weight, x, bias)
     _compile(weight, x)
-    found = work_for(x.shape[0], spec.in_features, spec.out_features, multiprocessors(x.device))
+    found = _work(x.shape[0], spec, x.device)
     return launch.matmul(weight, x, bias) if found is None else run(weight, x, found)
 
 
@@ -51,24 +52,31 @@ _compiled: set[tuple[object, ...]] = set()
 def _compile(weight: Weight, x: torch.Tensor) -> None:
     """Run once in every way, so that the first prompt of another length need not wait for a compiler.
 
-    Binding a weight comes here first; what differs only in K and N shares what Triton has compiled.
+    Binding a weight comes here first. What of ``product`` differs only in K and N Triton shares.
     """
     spec, n = weight.spec, weight.spec.out_features
-    scales = weight.tensors["scales"].dtype
-    key = (spec.group_size, spec.dtype, scales, x.device, spec.in_features % 16, n % 16)
-    if key in _compiled or torch.cuda.is_current_stream_capturing():
+    if (spec, x.device) in _compiled or torch.cuda.is_current_stream_capturing():
         return
-    _compiled.add(key)
+    _compiled.add((spec, x.device))
+    few = x[:FEWEST]
     for way in WAYS:
-        tiles = tiles_of(way, x.shape[0], n)
+        tiles = tiles_of(way, few.shape[0], n)
         programs = min(tiles, multiprocessors(x.device))
-        for shared in (0, tiles):
-            run(weight, x, Work(way, programs, shared))
+        for shared in (0, programs):
+            run(weight, few, Work(way, programs, shared))
+    left = [rows for rows in range(FEWEST, MOST_LEFT) if _work(rows, spec, x.device) is None]
+    for rows in launch.forms(spec, x.device, left):
+        launch.matmul(weight, x.new_zeros(rows, spec.in_features), None)
+
+
+def _work(rows: int, spec: LinearSpec, device: torch.device) -> Work | None:
+    return work_for(rows, spec.in_features, spec.out_features, multiprocessors(device))
 
 
 def run(weight: Weight, x: torch.Tensor, work: Work) -> torch.Tensor:
     """x [M, K] to [M, N] in the given way."""
     spec, t, way = weight.spec, weight.tensors, work.way
+    assert work.shared <= COUNTERS, work
     rows, k, n = x.shape[0], spec.in_features, spec.out_features
     enter(x.device)
     if x.data_ptr() % 16:  # copies of tiles begin at multiples of 16 bytes
@@ -79,7 +87,7 @@ def run(weight: Weight, x: torch.Tensor, work: Work) -> torch.Tensor:
     if work.shared:
         parts = torch.empty(work.programs, way.n, way.m, dtype=torch.float32, device=x.device)
         arrived = counters(x.device)
-    _product(spec, t["scales"].dtype, x.device, work)(
+    _product(spec, x.device, work)(
         (t["words"], t["scales"], t["zeros"], parts, arrived),
         TensorDescriptor.from_tensor(x, [way.m, width], shared_layout(way.m, width, x.dtype)),
         TensorDescriptor.from_tensor(y, [way.m, way.n], shared_layout(way.m, way.n, x.dtype)),
@@ -92,7 +100,7 @@ def run(weight: Weight, x: torch.Tensor, work: Work) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=4096)
-def _product(spec: LinearSpec, scales: torch.dtype, device: torch.device, work: Work) -> Launch:
+def _product(spec: LinearSpec, device: torch.device, work: Work) -> Launch:
     way = work.way
     constants = {
         "GP": spec.group_size // 16,

@@ -21,7 +21,7 @@ MOST_SHARED = 40e6  # bytes of x up to which that x stays in the L2 for them
 class Way:
     """Tiles of ``n`` columns by ``m`` rows; ``planes`` of 16 k in a chunk, ``stages`` chunks of x in shared memory.
 
-    ``alone`` and ``shared`` are microseconds for a block of 128 k where one or two programs run on a multiprocessor,
+    ``alone`` and ``crowded`` are microseconds for a block of 128 k where one or two programs run on a multiprocessor,
     ``giving`` and ``joining`` what it costs that a tile is cut along K, and each of its parts.
     """
 
@@ -32,7 +32,7 @@ class Way:
     warps: int
     programs: int  # on a multiprocessor
     alone: float
-    shared: float
+    crowded: float
     giving: float
     joining: float
 
@@ -83,7 +83,7 @@ def time_of(
 ) -> float:
     """Microseconds, roughly."""
     way, blocks = work.way, -(-in_features // 128)
-    each = way.alone if work.programs <= multiprocessors else way.shared
+    each = way.alone if work.programs <= multiprocessors else way.crowded
     whole = tiles_of(way, rows, out_features) - work.shared
     time = START + -(-whole // work.programs) * blocks * each
     if work.shared:

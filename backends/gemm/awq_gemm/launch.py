@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import triton
@@ -21,7 +21,7 @@ def matmul(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.
     spec, t = weight.spec, weight.tensors
     rows, n = x.shape[0], spec.out_features
     config = tuned("gemm.tiles", spec, rows, x.device)
-    launch, split = _matmul(spec, t["scales"].dtype, x.device, rows, None if config is None else Tile(**config))
+    launch, split = _matmul(spec, x.device, rows, None if config is None else Tile(**config))
     y = x.new_empty(rows, n)
     launch(
         (
@@ -42,9 +42,7 @@ def matmul(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.
 
 
 @functools.lru_cache(maxsize=4096)
-def _matmul(
-    spec: LinearSpec, scales: torch.dtype, device: torch.device, rows: int, tile: Tile | None
-) -> tuple[Launch, int]:
+def _matmul(spec: LinearSpec, device: torch.device, rows: int, tile: Tile | None) -> tuple[Launch, int]:
     """The launch, and into how many parts it splits K."""
     k, n = spec.in_features, spec.out_features
     tile = tile or tile_for(rows, k, n, joins(device) and spec.group_size % 128 == 0)
@@ -64,6 +62,15 @@ def _matmul(
         "WIDE": interpreted(),
     }
     return Launch(kernels.matmul, (tiles, split), constants, {"num_warps": tile.warps}), split
+
+
+def forms(spec: LinearSpec, device: torch.device, every: Iterable[int]) -> list[int]:
+    """Of these M one for each form of the kernel that Triton compiles."""
+    found: dict[tuple[object, ...], int] = {}
+    for rows in every:
+        launch, _ = _matmul(spec, device, rows, None)
+        found.setdefault((launch.values, rows % 16 == 0), rows)
+    return list(found.values())
 
 
 def dequantize(spec: LinearSpec, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

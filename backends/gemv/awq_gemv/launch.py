@@ -132,7 +132,7 @@ def _launch_one(
     config = tuned("gemv.one", spec, 1, x.device)
     way = way_for(k, n) if config is None else Way(**config)
     forms = (norm, plus is not None, bias is not None, silu, other is not None)
-    launch = _one(spec, t["scales"].dtype, x.device, way, *forms)
+    launch = _one(spec, x.device, way, *forms)
     launch(
         (
             x,
@@ -155,7 +155,6 @@ def _launch_one(
 @functools.cache
 def _one(
     spec: LinearSpec,
-    scales: torch.dtype,
     device: torch.device,
     way: Way,
     norm: tuple[bool, float] | None,
@@ -196,7 +195,7 @@ def _launch(
     config = tuned("gemv.few", spec, rows, x.device)
     tile = tile_for(rows, n) if config is None else Tile(**config)
     forms = (bias is not None, silu, other is not None)
-    launch, split = _few(spec, t["scales"].dtype, x.device, rows, tile, *forms)
+    launch, split = _few(spec, x.device, rows, tile, *forms)
     y = x.new_empty(rows, width)
     launch(
         (
@@ -221,7 +220,6 @@ def _launch(
 @functools.cache
 def _few(
     spec: LinearSpec,
-    scales: torch.dtype,
     device: torch.device,
     rows: int,
     tile: Tile,

@@ -14,6 +14,7 @@ from .linears import Rows, bound, epilogue, joined, normed
 from .model import Decoder, Layer, Mlp, Norm
 from .storage import Storage, outside_inference_mode, rope_tables
 
+LONGEST = 8192  # numbers of a row whose norm every program of a linear may take for itself
 Pair = tuple[Callable[[Normed], torch.Tensor], Callable[[Normed], torch.Tensor]]
 
 
@@ -53,11 +54,11 @@ class GpuStep:
             add_norm(down(gated_up(h)), x, after, h, layer.after_mlp)
         return capped(self.head(h), decoder.softcap)
 
-    def _through_normed(self, x: torch.Tensor, other: torch.Tensor, linears: list[Pair]) -> torch.Tensor:
+    def _through_normed(self, x: torch.Tensor, other: torch.Tensor, pairs: list[Pair]) -> torch.Tensor:
         """The layers where linears make their rows themselves; the stream goes to and fro between x and ``other``."""
         y: torch.Tensor | None = None
         for layer, attend, (qkv, gated_up), (_, o, _, down) in zip(
-            self.decoder.layers, self.attends, linears, self.linears, strict=True
+            self.decoder.layers, self.attends, pairs, self.linears, strict=True
         ):
             values = attend(qkv(_normed(x, y, layer.before_attention, other)))
             if y is not None:
@@ -98,7 +99,13 @@ def normed_linears(decoder: Decoder) -> list[Pair] | None:
     """qkv and gate-up of each layer as kernels that take their norm in; None unless all layers have both."""
     found = []
     for layer in decoder.layers:
-        plain = layer.after_attention is None and layer.after_mlp is None and _gates_by_silu(layer.mlp)
+        norms = (layer.before_attention, layer.before_mlp)
+        plain = (
+            layer.after_attention is None
+            and layer.after_mlp is None
+            and _gates_by_silu(layer.mlp)
+            and all(norm.weight.dtype == decoder.dtype and norm.weight.numel() <= LONGEST for norm in norms)
+        )
         qkv = normed(layer.attention.qkv) if plain else None
         gate_up = epilogue(layer.mlp.gate_up, 1, "norm_silu_mul") if plain else None
         if qkv is None or gate_up is None:

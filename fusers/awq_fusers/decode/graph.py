@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from awq_core.fragments.launch import own_counters
+
 from .gpu_step import GpuStep
 from .model import Decoder
 from .prefill import Prefill
@@ -149,12 +151,12 @@ class GraphedStep:
             for _ in range(WARM_UPS):  # on this stream: for each other one cuBLAS would keep a workspace
                 run()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            with own_counters(device) as counters, torch.cuda.graph(graph, pool=self.pool):
                 out = run()
             self.pool = self.pool or graph.pool()
         self.at = -1
 
-        def replay() -> torch.Tensor | None:
+        def replay(kept: torch.Tensor = counters) -> torch.Tensor | None:
             graph.replay()
             return out
 
