@@ -30,7 +30,6 @@ from .tiles import (
     REGISTERS,
     WARPS,
     Tile,
-    Way,
     programs_for,
     split_for,
     steps_for,
@@ -129,10 +128,8 @@ def _launch_one(
         x = x.clone()
     y = x.new_empty(1, width)
     norm = None if normed is None else (normed.offset, normed.eps)
-    config = tuned("gemv.one", spec, 1, x.device)
-    way = way_for(k, n) if config is None else Way(**config)
     forms = (norm, plus is not None, bias is not None, silu, other is not None)
-    launch = _one(spec, x.device, way, *forms)
+    launch = _one(spec, x.device, *forms)
     launch(
         (
             x,
@@ -156,7 +153,6 @@ def _launch_one(
 def _one(
     spec: LinearSpec,
     device: torch.device,
-    way: Way,
     norm: tuple[bool, float] | None,
     plus: bool,
     bias: bool,
@@ -164,6 +160,7 @@ def _one(
     add: bool,
 ) -> Launch:
     k, width = spec.in_features, spec.out_features // 2 if silu else spec.out_features
+    way = way_for(k, spec.out_features)
     offset, eps = norm or (False, 0.0)
     constants = {
         "GP": spec.group_size // 16,

@@ -118,7 +118,6 @@ BACKEND = Backend(
             apply=lazy("awq_gemv.launch:one"),
             refuses=_one_refuses,
             sources=_one_sources,
-            tunables=lazy("awq_gemv.tiles:ways"),
             adds_bias=True,
             epilogues={name: lazy(f"awq_gemv.launch:one_{name}") for name in ONE_FORMS},
         ),

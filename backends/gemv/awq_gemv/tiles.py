@@ -74,15 +74,10 @@ def steps_for(in_features: int) -> int:
 
 
 def way_for(in_features: int, out_features: int) -> Way:
-    """How the kernel for one row runs where nothing was measured."""
+    """How the kernel for one row runs: what was best where calls follow each other, which no single call shows."""
     if in_features * out_features <= SMALL:
         return Way(1, 6)
     return Way(2, 4) if in_features <= 20480 else Way(1, 4)
-
-
-def ways(spec: LinearSpec, rows: int) -> list[dict[str, int]]:
-    """What ``awq tune`` tries beside it, as the fields of a Way."""
-    return [asdict(Way(programs, depth)) for programs, depth in ((1, 4), (1, 6), (1, 8), (2, 3), (2, 4), (3, 3))]
 
 
 def programs_for(way: Way, width: int, multiprocessors: int) -> int:
