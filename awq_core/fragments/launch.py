@@ -26,7 +26,7 @@ class Launch:
     tensors are looked at here.
     """
 
-    __slots__ = ("constants", "dtypes", "function", "grid", "options", "run", "values")
+    __slots__ = ("constants", "function", "grid", "kept", "options", "values")
 
     def __init__(
         self, function: Any, grid: tuple[int, ...], constants: Mapping[str, Any], options: Mapping[str, Any]
@@ -34,8 +34,8 @@ class Launch:
         self.function, self.constants, self.options = function, constants, options
         self.grid = (*grid, 1, 1)[:3]
         self.values = tuple(constants[name] for name in function.arg_names if name in constants)
-        self.dtypes: list[torch.dtype] = []
-        self.run: Any = None  # what Triton has compiled, with its grid
+        # Of the tensors, and what Triton has compiled for them, with its grid: one value, for threads.
+        self.kept: tuple[list[torch.dtype], Any] = ([], None)
 
     def __call__(self, tensors: tuple[torch.Tensor, ...], *others: Any) -> None:
         """Launch with all arguments that are no constants, in order, tensors first, on the device where they lie."""
@@ -48,12 +48,13 @@ class Launch:
         for tensor in tensors:
             places |= tensor.data_ptr()
         dtypes = [tensor.dtype for tensor in tensors]
-        if places % 16 == 0 and dtypes == self.dtypes:
-            self.run(*tensors, *others, *self.values)
+        known, run = self.kept
+        if places % 16 == 0 and dtypes == known:
+            run(*tensors, *others, *self.values)
             return
         compiled = self.function[self.grid](*tensors, *others, **self.constants, **self.options)
         if places % 16 == 0 and not interpreted():
-            self.run, self.dtypes = compiled[self.grid], dtypes
+            self.kept = (dtypes, compiled[self.grid])
 
 
 def interpreted() -> bool:
