@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the network
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # as in awq_core.testing.checks, where MKL has not run yet
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -138,3 +142,22 @@ def toy(monkeypatch):
 def backend(request):
     """Run a test with the backends that are installed, and again with one that repacks every weight."""
     return request.getfixturevalue("toy") if request.param == "toy" else None
+
+
+@pytest.fixture
+def in_process() -> Callable[..., str]:
+    """Runs code in a process of its own, in Triton's interpreter or not, and gives what it printed."""
+
+    def run(code: str, *arguments: str, interpret: bool) -> str:
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code, *arguments],
+            env=environment | ({"TRITON_INTERPRET": "1"} if interpret else {}),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run

@@ -3,10 +3,6 @@
 The whole of it runs on a GPU (tests/gpu). The interpreter must be chosen before Triton is imported, hence the process.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 SAMPLE = """
@@ -54,27 +50,10 @@ print(count, "compiled")
 
 
 @pytest.mark.parametrize("backend", ["gemm", "gemv"])
-def test_a_sample_is_right_in_the_interpreter(backend: str):
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SAMPLE, backend],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "cells" in done.stdout
+def test_a_sample_is_right_in_the_interpreter(in_process, backend: str):
+    assert "cells" in in_process(SAMPLE, backend, interpret=True)
 
 
 @pytest.mark.parametrize("backend", ["gemm", "gemv"])
-def test_the_kernels_compile(backend: str):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COMPILE, backend],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "compiled" in done.stdout
+def test_the_kernels_compile(in_process, backend: str):
+    assert "compiled" in in_process(COMPILE, backend, interpret=False)

@@ -4,10 +4,6 @@ A sample for each family of GPUs, since each has tiles of its own; `python -m aw
 tests/gpu run the whole. The interpreter must be chosen before Triton is imported, hence the processes.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 SAMPLE = """
@@ -66,33 +62,20 @@ print(count, "compiled")
 """
 
 
-def run(code: str, *arguments: str, interpret: bool) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *arguments],
-        env=environment | ({"TRITON_INTERPRET": "1"} if interpret else {}),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 @pytest.mark.parametrize(
     ("backend", "device"),
     [("exllama", "cuda:sm90"), ("exllama", "cuda:sm75"), ("rocm", "hip:gfx942"), ("rocm", "hip:gfx1100")],
 )
-def test_a_sample_is_right_in_the_interpreter(backend: str, device: str):
+def test_a_sample_is_right_in_the_interpreter(in_process, backend: str, device: str):
     pytest.importorskip("triton")
     if device == "cuda:sm75":
         code = SAMPLE.replace('{"rows", "tiles", "dequantize"}', '{"rows", "dequantize"}')
     else:
         code = SAMPLE
-    assert "cells" in run(code, backend, device, interpret=True)
+    assert "cells" in in_process(code, backend, device, interpret=True)
 
 
 @pytest.mark.parametrize("backend", ["exllama", "rocm"])
-def test_the_kernels_compile(backend: str):
+def test_the_kernels_compile(in_process, backend: str):
     pytest.importorskip("triton")
-    assert "compiled" in run(COMPILE, backend, interpret=False)
+    assert "compiled" in in_process(COMPILE, backend, interpret=False)

@@ -5,10 +5,6 @@ The interpreter must be chosen before Triton is imported, hence the processes.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 pytest.importorskip("triton")
@@ -259,35 +255,22 @@ print(count, "compiled")
 """
 
 
-def run(code: str, *arguments: str, interpret: bool) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *arguments],
-        env=environment | ({"TRITON_INTERPRET": "1"} if interpret else {}),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+def test_attention_is_right_in_the_interpreter(in_process) -> None:
+    assert "52 steps" in in_process(ATTENTION, interpret=True)
 
 
-def test_attention_is_right_in_the_interpreter() -> None:
-    assert "52 steps" in run(ATTENTION, interpret=True)
+def test_the_other_kernels_are_right_in_the_interpreter(in_process) -> None:
+    assert "done" in in_process(OTHERS, interpret=True)
 
 
-def test_the_other_kernels_are_right_in_the_interpreter() -> None:
-    assert "done" in run(OTHERS, interpret=True)
+def test_generate_over_the_kernels_in_the_interpreter(in_process) -> None:
+    assert "done" in in_process(WHOLE, interpret=True)
 
 
-def test_generate_over_the_kernels_in_the_interpreter() -> None:
-    assert "done" in run(WHOLE, interpret=True)
-
-
-def test_linears_that_take_the_norm_in() -> None:
-    assert "done" in run(NORMED, interpret=True)
+def test_linears_that_take_the_norm_in(in_process) -> None:
+    assert "done" in in_process(NORMED, interpret=True)
 
 
 @pytest.mark.parametrize("arch", ["cuda:sm80", "cuda:sm90", "hip:gfx942"])
-def test_the_kernels_compile(arch: str) -> None:
-    assert "compiled" in run(COMPILE, arch, interpret=False)
+def test_the_kernels_compile(in_process, arch: str) -> None:
+    assert "compiled" in in_process(COMPILE, arch, interpret=False)
