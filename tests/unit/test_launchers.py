@@ -5,6 +5,8 @@ Triton's functions are replaced by ones that note how they are called.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -107,9 +109,15 @@ def test_many_rows_compile_every_form_first(calls, weight):
     assert calls == [("product", "again")]
 
 
-def test_captures_can_have_counters_of_their_own():
-    device = torch.device("cpu")
-    with own_counters(device) as own:
-        assert own.dtype == torch.int32
-        assert not own.any()
-        assert counters(device) is not own  # nothing is being captured
+def test_captures_can_have_counters_of_their_own(monkeypatch):
+    device = SimpleNamespace(type="cuda", index=0)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, **_: SimpleNamespace(device=device))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with own_counters(device) as first:
+        assert counters(device) is first
+        assert counters(SimpleNamespace(type="cuda", index=1)) is not first
+    with own_counters(device) as second:
+        assert counters(device) is second is not first
+    shared = counters(device)
+    assert shared is not first
+    assert shared is not second

@@ -303,7 +303,7 @@ def product(
     gdc_wait()
     gdc_launch_dependents()
 
-    turn = gl.num_programs(0) * 0 + (0 if SHARED else 1)
+    turn = gl.num_programs(0) * 0 + (0 if SHARED else 1)  # no constant: it goes on counting in the loop
     at, end = turn_of(turn, shared, blocks)
     p_turn = turn  # what is copied into the ring next, and where
     p_end = end

@@ -14,8 +14,9 @@ from awq_core.fragments.launch import COUNTERS, Launch, counters, interpreted, l
 
 from . import hopper, launch
 from .hopper_tiles import WAYS, Work, tiles_of, work_for
+from .plugin import FEWEST_HOPPER
 
-FEWEST, MOST_LEFT = 65, 513  # rows between which ``work_for`` leaves some problems to the plain kernel
+MOST_LEFT = 512  # rows up to which ``work_for`` leaves some problems to the plain kernel
 TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
@@ -58,13 +59,13 @@ def _compile(weight: Weight, x: torch.Tensor) -> None:
     if (spec, x.device) in _compiled or torch.cuda.is_current_stream_capturing():
         return
     _compiled.add((spec, x.device))
-    few = x[:FEWEST]
+    few = x[:FEWEST_HOPPER]
     for way in WAYS:
         tiles = tiles_of(way, few.shape[0], n)
         programs = min(tiles, multiprocessors(x.device))
         for shared in (0, programs):
             run(weight, few, Work(way, programs, shared))
-    left = [rows for rows in range(FEWEST, MOST_LEFT) if _work(rows, spec, x.device) is None]
+    left = [rows for rows in range(FEWEST_HOPPER, MOST_LEFT + 1) if _work(rows, spec, x.device) is None]
     for rows in launch.forms(spec, x.device, left):
         launch.matmul(weight, x.new_zeros(rows, spec.in_features), None)
 
